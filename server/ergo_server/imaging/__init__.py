@@ -1,0 +1,1 @@
+"""Pixels. Knows no model and no HTTP."""

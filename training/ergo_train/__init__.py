@@ -1,0 +1,1 @@
+"""Synthetic scenes, and the training of ergo-mini on them."""

@@ -1,0 +1,231 @@
+"""Train ergo-mini: ``python -m ergo_train.train RUN_FOLDER`` (or ``make train``).
+
+First the vision part alone learns to see landmarks and digits, then everything learns the two turns. A run writes
+``RUN_FOLDER/state.pt`` every few minutes and goes on from it when started again; ``log.jsonl`` holds its curve. The scenes of
+step n depend on n only, so a resumed run sees what an unbroken one sees. At the end the checkpoint lies in
+``RUN_FOLDER/checkpoint``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ergo_train import model as network
+from ergo_train import scenes, tokenizer
+from ergo_train.model import IMAGE_MEAN, IMAGE_STD, Batch, Trainee
+from ergo_train.samples import LENGTH, SLOTS, VIEWS, Packer, Sample, View
+
+PROMPTS = Path(__file__).parents[2] / "models" / "ergo_mini" / "prompts.toml"
+
+
+class Samples(Dataset[Sample]):
+    """Sample ``i`` is made from seed ``i``; there is no end of them below `scenes.HELD_OUT`."""
+
+    def __init__(self, packer: Packer, first: int, count: int) -> None:
+        self.packer, self.first, self.count = packer, first, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        seed = self.first + index
+        rng = random.Random(f"sample {seed}")
+        size = None
+        if rng.random() < 0.85:  # most scenes have sizes that no list holds; small ones, since they are drawn faster
+            area, aspect = rng.uniform(1.2e6, 1.7e6), math.exp(rng.uniform(-0.6, 0.6))
+            size = (round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect)))
+        return self.packer.sample(rng, scenes.scene(seed, size=size))
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Pad samples to one shape."""
+    count = len(samples)
+    patches = np.zeros((count * VIEWS, 4 * SLOTS, 588), np.float32)
+    places = np.zeros((count * VIEWS, 4 * SLOTS, 2), np.float32)
+    valid = np.zeros((count * VIEWS, 4 * SLOTS), bool)
+    crops = np.zeros(count * VIEWS, bool)
+    ids = torch.zeros(count, LENGTH, dtype=torch.long)
+    branch = torch.full((count, LENGTH), -1)
+    positions = torch.zeros(3, count, LENGTH, dtype=torch.long)
+    weights = torch.zeros(count, LENGTH)
+    slots = torch.full((count, LENGTH), -1)
+    looks, landmarks, digits = [], [], []
+    for b, sample in enumerate(samples):
+        used = len(sample.ids)
+        ids[b, :used] = torch.tensor(sample.ids)
+        branch[b, :used] = torch.tensor(sample.branch)
+        positions[:, b, :used] = torch.tensor(sample.positions).T
+        weights[b, :used] = torch.tensor(sample.weights)
+        slots[b, :used] = torch.tensor(sample.slots)
+        looks += [(b, head, here, there) for head, here, there in sample.looks]
+        base = b * VIEWS
+        landmarks += [((base + v) * SLOTS + token, kind, half, 0) for v, token, kind, half in sample.landmarks]
+        digits += [((base + v) * SLOTS + token, patch, digit) for v, token, patch, digit in sample.digits]
+        for v, view in enumerate(sample.views):
+            used = 4 * view.rows * view.columns
+            patches[base + v, :used], places[base + v, :used] = patchify(view)
+            valid[base + v, :used] = True
+            crops[base + v] = any(number == v for number, *_ in sample.digits)
+        for v in range(len(sample.views), VIEWS):
+            valid[base + v, :4] = True  # a row of attention must have something to look at
+    return Batch(
+        patches=torch.from_numpy(patches),
+        patch_places=torch.from_numpy(places),
+        patch_valid=torch.from_numpy(valid),
+        ids=ids,
+        branch=branch,
+        positions=positions,
+        weights=weights,
+        slots=slots,
+        looks=torch.tensor(looks),
+        landmarks=torch.tensor(landmarks),
+        digits=torch.tensor(digits),
+        crops=torch.from_numpy(crops),
+    )
+
+
+def patchify(view: View) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the patches of a view, 588 values each, and their rows and columns, in the processor's order of 2 × 2 blocks."""
+    x = (view.pixels.astype(np.float32) / 255 - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
+    x = x.reshape(view.rows, 2, 14, view.columns, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    row, column = np.divmod(np.arange(view.rows * view.columns), view.columns)
+    places = np.stack(
+        [
+            (2 * row[:, None] + np.array([0, 0, 1, 1])).ravel(),
+            (2 * column[:, None] + np.array([0, 1, 0, 1])).ravel(),
+        ],
+        1,
+    )
+    return x.reshape(-1, 588), places
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float) -> float:
+    """Warm up, hold, and fall to a fiftieth along a cosine over the last ``decay`` of the run."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    start = int(steps * (1 - decay))
+    if step < start:
+        return peak
+    along = min(1.0, (step - start) / max(1, steps - start))
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * along)))
+
+
+def main() -> None:
+    """Run or resume the training."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--see-steps", type=int, default=400, help="steps of the vision part alone")
+    parser.add_argument("--steps", type=int, default=6000, help="steps of the whole, after those")
+    parser.add_argument("--batch", type=int, default=32, help="scenes a step")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--decay", type=float, default=0.4, help="share of the steps over which the rate falls")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the arithmetic")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights and the first scene")
+    parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler; about 1.3 x)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; start again to go on")
+    run(parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train until the steps are done or the minutes are over."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    checkpoint, state_file = args.folder / "checkpoint", args.folder / "state.pt"
+    tokens = tokenizer.build(checkpoint)
+    trainee = Trainee(network.build(tokens))
+    optimizer = torch.optim.AdamW(_groups(trainee), lr=args.rate, betas=(0.9, 0.98))
+    step = 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        trainee.load_state_dict(state["trainee"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    if args.compile:
+        trainee.compile()
+    total = args.see_steps + args.steps
+    packer = Packer(tokens, tomllib.loads(PROMPTS.read_text(encoding="utf-8")))
+    first = args.seed * 100_000_000 + step * args.batch
+    loader = DataLoader(
+        Samples(packer, first, (total - step) * args.batch),
+        batch_size=args.batch,
+        collate_fn=collate,
+        num_workers=args.workers,
+        prefetch_factor=8 if args.workers else None,
+    )
+    started = last = time.monotonic()
+    history: list[list[float]] = []
+    for batch in loader:
+        seeing = step < args.see_steps
+        local, length = (step, args.see_steps) if seeing else (step - args.see_steps, args.steps)
+        rate = learning_rate(local, length, args.rate, 200, 0.3 if seeing else args.decay)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        values = _step(trainee, batch, optimizer, seeing=seeing)
+        history.append(values)
+        step += 1
+        now = time.monotonic()
+        if step % 50 == 0:
+            means = np.nanmean(np.array(history), 0)
+            names = ("language", "looking", "position", "landmark", "digit", "digits", "codes", "looks")
+            line = {"step": step, "rate": round(rate, 6), "seconds": round(now - started)}
+            line |= {name: round(float(v), 4) for name, v in zip(names, means, strict=True)}
+            with (args.folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            print(line, flush=True)
+            history = []
+        over = now - started > args.minutes * 60
+        if now - last > 180 or over or step == total:
+            last = now
+            state = {"trainee": trainee.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            torch.save(state, state_file.with_suffix(".tmp"))
+            os.replace(state_file.with_suffix(".tmp"), state_file)
+            network.save(trainee.model, checkpoint)
+        if over or step == total:
+            break
+
+
+def _groups(trainee: Trainee) -> list[dict[str, Any]]:
+    matrices = [p for p in trainee.parameters() if p.ndim >= 2]
+    vectors = [p for p in trainee.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _step(trainee: Trainee, batch: Batch, optimizer: torch.optim.Optimizer, *, seeing: bool) -> list[float]:
+    losses = trainee.look(batch) if seeing else trainee(batch)
+    loss: Tensor = losses.total
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for p in trainee.parameters() if p.grad is not None], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return [
+        v.item()
+        for v in (
+            losses.language,
+            losses.looking,
+            losses.position,
+            losses.landmark,
+            losses.digit,
+            losses.digits_right,
+            losses.codes_right,
+            losses.looks_right,
+        )
+    ]
+
+
+if __name__ == "__main__":
+    main()
