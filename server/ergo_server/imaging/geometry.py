@@ -187,19 +187,23 @@ class Box:
         x1, y1, x2, y2 = self.x1, self.y1, min(self.x2, size.width), min(self.y2, size.height)
         return Box(x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
-    def within_aspect(self, size: Size) -> Box:
-        """Widen the shorter side about its middle, inside an image of ``size``, until the aspect ratio is at most 200.
+    def grown(self, pad_x: int, pad_y: int, min_side: int, size: Size) -> Box:
+        """Return the box padded on each side, inside an image of ``size``, with sides of at least ``min_side`` and an aspect
+        ratio of at most 200.
 
-        A model may point at a line one pixel high; the engine's processor refuses to see it that way.
+        A model may point at a line one pixel high; the engine's processor refuses to see it that way. Widening is about the
+        middle, moved inwards where the image ends. An image within 200 : 1 always has room for it.
         """
-        least = -(-max(self.size) // MAX_ASPECT)
-        x1, x2 = _widen(self.x1, self.x2, least, size.width)
-        y1, y2 = _widen(self.y1, self.y2, least, size.height)
+        x1, x2 = max(0, self.x1 - pad_x), min(size.width, self.x2 + pad_x)
+        y1, y2 = max(0, self.y1 - pad_y), min(size.height, self.y2 + pad_y)
+        least = max(min_side, -(-max(x2 - x1, y2 - y1) // MAX_ASPECT))
+        x1, x2 = _widen(x1, x2, least, size.width)
+        y1, y2 = _widen(y1, y2, least, size.height)
         return Box(x1, y1, x2, y2)
 
 
 def _widen(near: int, far: int, least: int, end: int) -> tuple[int, int]:
-    missing = max(0, min(least, end) - (far - near))
-    near = max(0, near - missing // 2)
-    far = min(end, max(far, near + min(least, end)))
-    return max(0, min(near, far - min(least, end))), far
+    """Return near and far at least ``least`` apart, within 0 … ``end`` (or all of it where ``end`` is shorter)."""
+    length = min(end, max(least, far - near))
+    near = min(max(0, near - (length - (far - near)) // 2), end - length)
+    return near, near + length

@@ -1,0 +1,254 @@
+"""vLLM over HTTP.
+
+Facts this file rests on (measured on vLLM 0.32, research of this project):
+    * Prefix and image caches are keyed by the encoded bytes of an image: the very same ``data:`` URL must be sent again.
+    * ``usage.prompt_tokens_details`` holds ``cached_tokens`` and ``multimodal_tokens.image`` when the server runs with
+      ``--enable-prompt-tokens-details``; streaming sends it in a last chunk without choices.
+    * ``stop`` with ``include_stop_str_in_output`` keeps the closing tag.
+    * A model's generation_config.json fills in sampling parameters that a request leaves out: all are sent, always.
+    * With its LRU image cache, a request that is refused or cancelled after its image was processed leaves the cache
+      inconsistent: the next request with that image gets one ``500 Internal server error`` before any token, and the one
+      after that works (vllm-project/vllm #43941). Hence one retry with full data.
+    * When the client closes the connection, the request is aborted within a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import Any
+
+import httpx2
+
+from ergo_server.engine.base import Delta, EngineStatus, Generation, Sampling, Usage
+from ergo_server.errors import EngineBusy, EngineError, EngineFailed, EngineRejected, EngineTimeout, EngineUnavailable
+from ergo_server.protocol.conversation import Conversation, Message
+
+CONNECT_SECONDS = 5.0
+"""A server on the same network accepts within milliseconds, or is not there."""
+
+READ_SECONDS = 120.0
+"""Longest silence within a stream; the pipeline's deadlines are shorter and end a turn before that."""
+
+MAX_LINE = 1 << 20
+"""Characters of one event; a chunk of one token has under a thousand."""
+
+
+class _Retryable(Exception):
+    """The attempt failed before any token, in a way that a second attempt is known to cure."""
+
+    def __init__(self, error: EngineError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class VllmEngine:
+    """One vLLM server.
+
+    Args:
+        url: its base URL without ``/v1``, as in ``http://engine:8000``.
+        model: the name it serves the model under; None takes the first it lists.
+        api_key: sent as bearer token, if the server wants one.
+        session_headers: names under which the session key is sent, for the routers in use.
+        max_connections: most requests in flight; more wait for one to end.
+        transport: replaces the network in tests.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        session_headers: tuple[str, ...] = ("x-session-id",),
+        max_connections: int = 256,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._given_model = model
+        self._model = model
+        self._session_headers = session_headers
+        self._client = httpx2.AsyncClient(
+            base_url=url.rstrip("/"),
+            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx2.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+            limits=httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
+            trust_env=False,  # a proxy named in the environment is for the way out, not for the engine
+            transport=transport,
+        )
+
+    async def generate(
+        self, conversation: Conversation, sampling: Sampling, *, session: str = ""
+    ) -> AsyncGenerator[Delta | Generation, None]:
+        """Continue a conversation over ``POST /v1/chat/completions``, streaming."""
+        body = await self._body(conversation, sampling)
+        headers = {"content-type": "application/json"} | {name: session for name in self._session_headers if session}
+        for last in (False, True):
+            try:
+                async for piece in self._attempt(body, headers):
+                    yield piece
+                return
+            except _Retryable as failed:
+                if last:
+                    raise failed.error from failed
+
+    async def status(self) -> EngineStatus:
+        """Ask ``/health`` and, once, ``/v1/models``."""
+        try:
+            response = await self._client.get("/health", timeout=CONNECT_SECONDS)
+            if response.status_code != 200:
+                return EngineStatus(False, self._model, f"health check answered {response.status_code}")
+            return EngineStatus(True, await self._served_model())
+        except (httpx2.HTTPError, EngineError) as error:
+            return EngineStatus(False, self._model, type(error).__name__)
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    # --- the request --------------------------------------------------------------------------------------------------
+
+    async def _body(self, conversation: Conversation, sampling: Sampling) -> bytes:
+        body = {
+            "model": await self._served_model(),
+            "messages": [_message(message) for message in conversation.messages],
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "seed": sampling.seed,
+            "stop": list(sampling.stop),
+            "include_stop_str_in_output": True,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        return json.dumps(body).encode()
+
+    async def _served_model(self) -> str:
+        if self._model is None:
+            try:
+                response = await self._client.get("/v1/models", timeout=CONNECT_SECONDS)
+                response.raise_for_status()
+                self._model = str(response.json()["data"][0]["id"])
+            except httpx2.TransportError as error:
+                raise _unreachable(error) from error
+            except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+                raise EngineUnavailable("the engine does not list its models yet", retry_after=5) from error
+        return self._model
+
+    # --- the reply ----------------------------------------------------------------------------------------------------
+
+    async def _attempt(self, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[Delta | Generation]:
+        text: list[str] = []
+        try:
+            async with self._client.stream("POST", "/v1/chat/completions", content=body, headers=headers) as response:
+                if response.status_code != 200:
+                    raise self._refused(response.status_code, _json(await response.aread()))
+                reason, usage, counted = None, None, 0
+                async for event in _events(response):
+                    if "error" in event:
+                        raise self._refused(_status(event["error"]), event, started=bool(text))
+                    counts = event.get("usage")
+                    if counts:
+                        usage = counts
+                    for choice in event.get("choices") or ():
+                        reason = choice.get("finish_reason") or reason
+                        piece = (choice.get("delta") or {}).get("content") or ""
+                        if piece:
+                            total = int(counts["completion_tokens"]) if counts else counted + 1
+                            text.append(piece)
+                            yield Delta(piece, max(0, total - counted))
+                            counted = total
+                if reason is None or usage is None:
+                    raise EngineFailed("the engine ended its reply without finishing it")
+                yield Generation("".join(text), "length" if reason == "length" else "stop", _usage(usage))
+        except httpx2.TransportError as error:
+            failure = _unreachable(error)
+            # A pooled connection that the engine closed while idle breaks at once when used: the request was never read.
+            if isinstance(error, (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError)) and not text:
+                raise _Retryable(failure) from error
+            raise failure from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise EngineFailed("the engine's reply could not be read") from error
+
+    def _refused(self, status: int, body: dict[str, Any], *, started: bool = False) -> EngineError | _Retryable:
+        """Translate a status of the engine. Its message is not passed on: it may quote the prompt."""
+        if status == 404:
+            self._model = self._given_model  # it was restarted with another model; discovered anew on the next request
+        if status == 503:
+            return EngineBusy("the engine's queue is full", retry_after=1)
+        if status in (408, 504):
+            return EngineTimeout("the engine gave up on the request")
+        if status in (401, 403):
+            return EngineFailed("the engine refuses the server's credentials")
+        if 400 <= status < 500:
+            message = str((body.get("error") or {}).get("message", ""))
+            if "context length" in message or "longer than the maximum model length" in message:
+                return EngineRejected("the conversation is longer than the engine's context", param="max_visual_tokens")
+            return EngineRejected(f"the engine refused the request with status {status}")
+        failure = EngineFailed(f"the engine failed with status {status}")
+        return failure if started else _Retryable(failure)
+
+
+def _message(message: Message) -> dict[str, Any]:
+    if all(isinstance(part, str) for part in message.parts):
+        return {"role": message.role, "content": "".join(part for part in message.parts if isinstance(part, str))}
+    parts = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": {"url": part.data_url}}
+        for part in message.parts
+    ]
+    return {"role": message.role, "content": parts}
+
+
+async def _events(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
+    """Yield the JSON of each server-sent event up to ``[DONE]``."""
+    async for line in response.aiter_lines():
+        if len(line) > MAX_LINE:
+            raise EngineFailed("the engine's reply could not be read")
+        if not line.startswith("data:"):
+            continue
+        payload = line[5:].strip()
+        if payload == "[DONE]":
+            return
+        event = json.loads(payload)
+        if not isinstance(event, dict):
+            raise EngineFailed("the engine's reply could not be read")
+        yield event
+
+
+def _usage(counts: Mapping[str, Any]) -> Usage:
+    details = counts.get("prompt_tokens_details") or {}
+    return Usage(
+        prompt_tokens=int(counts["prompt_tokens"]),
+        completion_tokens=int(counts["completion_tokens"]),
+        cached_tokens=details.get("cached_tokens"),
+        image_tokens=(details.get("multimodal_tokens") or {}).get("image"),
+    )
+
+
+def _unreachable(error: httpx2.TransportError) -> EngineError:
+    if isinstance(error, httpx2.PoolTimeout):
+        return EngineBusy("all connections to the engine are in use", retry_after=1)
+    if isinstance(error, httpx2.ConnectTimeout | httpx2.ConnectError | httpx2.UnsupportedProtocol):
+        return EngineUnavailable("the engine cannot be reached", retry_after=5)
+    if isinstance(error, httpx2.TimeoutException):
+        return EngineTimeout("the engine has fallen silent")
+    return EngineFailed("the connection to the engine broke")
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(data)
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _status(error: object) -> int:
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) else 500

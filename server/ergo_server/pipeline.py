@@ -1,0 +1,515 @@
+"""The loop: look at the whole, find the region, look closer, answer.
+
+Written against the `Policy` interface: whatever a policy's replies mean, this is what is done about it. `Pipeline.answer`
+and `Pipeline.stream` are one piece of work; the second passes on what happens while it happens.
+
+The full decode of a JPEG runs while the engine is busy with the zoom turn: the overview needs only a reduced one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ergo_server.engine.base import Delta, Engine, Generation, Sampling
+from ergo_server.errors import EngineTimeout, ErgoError
+from ergo_server.imaging import view as views
+from ergo_server.imaging.decode import MAX_PIXELS, DecodedImage, ImageHeader, decode_image, read_header
+from ergo_server.imaging.geometry import Box, PixelBudget, Size, baseline_visual_tokens
+from ergo_server.imaging.view import View
+from ergo_server.protocol.base import Action, Answer, Ask, Malformed, MalformedReason, Policy, Question, Resize, Seen, Zoom, cut
+from ergo_server.protocol.choices import choose
+from ergo_server.protocol.conversation import Conversation, Message, Role
+from ergo_server.protocol.replies import AnswerReader, Piece
+
+ZoomMode = Literal["auto", "always", "never"]
+ZoomOutcome = Literal["zoomed", "clamped", "no_box", "invalid_box", "skipped"]
+TurnName = Literal["zoom", "answer", "single"]
+Stage = Literal["decode", "overview", "zoom_turn", "crop", "answer_turn"]
+
+ZOOM_OUTCOMES: tuple[ZoomOutcome, ...] = ("zoomed", "clamped", "no_box", "invalid_box", "skipped")
+STAGES: tuple[Stage, ...] = ("decode", "overview", "zoom_turn", "crop", "answer_turn")
+
+TURN_TOKENS = 1024
+"""Most tokens of one reply, thinking included: what ERGO's evaluation gives each turn. A client's max_tokens bounds the
+visible answer only; small ones (lmms-eval sends 16) would otherwise end the thinking before it begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextMessage:
+    """An earlier message of the caller's conversation: text and encoded images, in order."""
+
+    role: Role
+    parts: tuple[str | bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One question about one image."""
+
+    image: bytes
+    question: Question
+    budget: PixelBudget
+    zoom: ZoomMode = "auto"
+    max_tokens: int | None = None
+    """Bounds the visible answer; None: only the turn's own bound."""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    context: tuple[ContextMessage, ...] = ()
+    """What was said before the question; its images ride along within the budget and are never zoomed into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One exchange with the engine."""
+
+    name: TurnName
+    generation: Generation
+    seconds: float
+    image_tokens_formula: int
+    """Visual tokens of the conversation by the formula; the engine's own count is checked against it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegionReport:
+    """What became of the zoom."""
+
+    outcome: ZoomOutcome
+    box: Box
+    """The region in upright original pixels; the whole image where there was no usable box."""
+    seen: tuple[float, float, float, float] | None
+    """The box as the model wrote it, in overview pixels."""
+    area_ratio: float
+    magnification: float
+    """Crop pixels per overview pixel, linear."""
+    reason: str | None = None
+    lenient: bool = False
+    crop: View | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VisualTokens:
+    """What was spent on seeing, and what would have been."""
+
+    overview: int
+    crop: int
+    extra: int
+    """Images of the context."""
+    baseline: int
+    source: Literal["engine", "formula"]
+    mismatch: bool = False
+    """The engine counted other visual tokens than the formula."""
+
+    @property
+    def total(self) -> int:
+        """Each view once: the answer turn finds the overview in the prefix cache."""
+        return self.overview + self.crop + self.extra
+
+    @property
+    def saved_ratio(self) -> float:
+        """1 - total ÷ baseline; negative where zoom cost more than the image itself."""
+        return 1 - self.total / self.baseline
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished request."""
+
+    id: str
+    created: int
+    policy: str
+    header: ImageHeader
+    answer: Answer
+    choice: int | None
+    truncated: bool
+    region: RegionReport
+    turns: tuple[Turn, ...]
+    visual_tokens: VisualTokens
+    timings: dict[str, float]
+    """Seconds of each stage, and ``total``."""
+    overview: View = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What listeners are told of a request that has ended, well or not."""
+
+    policy: str
+    seconds: float
+    timings: dict[str, float]
+    result: Result | None
+    error: str | None
+    """The error's code, ``cancelled``, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegionFound:
+    """Event: it is decided where to look."""
+
+    region: RegionReport
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """Event: a piece of the answer turn's reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerDelta:
+    """Event: a piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Event, always the last: the result."""
+
+    result: Result
+
+
+Event = RegionFound | ReasoningDelta | AnswerDelta | Done
+Listener = Callable[[Record], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds."""
+
+    turn: float = 60.0
+    """One exchange with the engine: 1,024 tokens at the 30 a second of a loaded 7B engine take 34."""
+    request: float = 120.0
+    """Everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Answers questions about images.
+
+    Args:
+        engine: who generates.
+        policy: how the model is spoken to.
+        single: how it is spoken to without zoom.
+        session_secret: keys the session header, so that it tells nobody what the image was.
+        deadlines: bounds in seconds.
+        max_pixels: largest image.
+        listeners: told of every request when it ends.
+    """
+
+    engine: Engine
+    policy: Policy
+    single: Policy
+    session_secret: bytes = b""
+    deadlines: Deadlines = Deadlines()
+    max_pixels: int = MAX_PIXELS
+    listeners: Sequence[Listener] = ()
+
+    async def answer(self, task: Task) -> Result:
+        """Answer a question.
+
+        Raises:
+            ImageError: the image cannot be used.
+            EngineError: the engine did not do its part, or a deadline passed.
+        """
+        return await self._run(task, lambda event: None)
+
+    async def stream(self, task: Task) -> AsyncGenerator[Event, None]:
+        """Answer a question and tell what happens on the way; the last event is `Done`. Raises as `answer`.
+
+        Closing the generator ends the work, the engine's included.
+        """
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
+        work = asyncio.create_task(self._run(task, events.put_nowait))
+        work.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            yield Done(await work)
+        finally:
+            work.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ErgoError):
+                await work  # so that the engine is free before the caller goes on; its outcome was raised above, if wanted
+
+    async def _run(self, task: Task, emit: Callable[[Event], None]) -> Result:
+        run = _Run(self, task, emit)
+        started = time.perf_counter()
+        result, error = None, None
+        try:
+            async with asyncio.timeout(self.deadlines.request):
+                result = await run.answer()
+                return result
+        except TimeoutError:
+            error = EngineTimeout.code
+            raise EngineTimeout(f"no answer within {self.deadlines.request:g} s") from None
+        except ErgoError as failure:
+            error = failure.code
+            raise
+        except asyncio.CancelledError:
+            error = "cancelled"
+            raise
+        except Exception:
+            error = ErgoError.code
+            raise
+        finally:
+            await run.close()
+            record = Record(run.policy.name, time.perf_counter() - started, dict(run.timings), result, error)
+            for listener in self.listeners:
+                listener(record)
+
+
+class _Run:
+    """One request on its way. What it has seen and said so far lives here."""
+
+    def __init__(self, pipeline: Pipeline, task: Task, emit: Callable[[Event], None]) -> None:
+        self.pipeline = pipeline
+        self.task = task
+        self.emit = emit
+        self.policy = pipeline.policy
+        self.timings: dict[str, float] = {}
+        self.turns: list[Turn] = []
+        self.session = ""
+        self._full: asyncio.Task[DecodedImage] | None = None
+        self._context: tuple[Message, ...] = ()
+        self._aside_baseline = 0
+        self._cut_short = False
+
+    async def answer(self) -> Result:
+        started = time.perf_counter()
+        task = self.task
+        header = await asyncio.to_thread(read_header, task.image, max_pixels=self.pipeline.max_pixels)
+        skipped = self._skipped(header.size)
+        if skipped:
+            self.policy = self.pipeline.single
+        image, overview = await asyncio.to_thread(self._look, header)
+        self.session = hmac.digest(self.pipeline.session_secret, overview.data, "sha256").hex()
+        if not skipped:
+            self._full = asyncio.create_task(asyncio.to_thread(self._whole, image))
+
+        seen = [Seen(overview, Box.whole(header.size))]
+        ask = self.policy.first(task.question, overview)
+        if task.context:
+            ask = replace(ask, conversation=_after(self._context, ask.conversation))
+        region = RegionReport("skipped", Box.whole(header.size), None, 1.0, 1.0, skipped)
+        if skipped:
+            self.emit(RegionFound(region))
+        action: Action = Answer("", tagged=False)
+        for number in range(self.policy.max_turns):
+            action = await self._turn(ask, number)
+            if isinstance(action, Answer):
+                break
+            region = await self._look_closer(action, seen, header.size)
+            assert region.crop is not None
+            self.emit(RegionFound(region))
+            seen.append(Seen(region.crop, region.box))
+            ask = self.policy.next(ask, self.turns[-1].generation.text, task.question, region.crop)
+        # A policy whose turns are used up without an answer has answered nothing.
+        answer = action if isinstance(action, Answer) else Answer("", tagged=False)
+        return self._result(header, overview, region, answer, time.perf_counter() - started)
+
+    async def close(self) -> None:
+        """End the decode that nobody waits for any more."""
+        if self._full is not None:
+            self._full.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ErgoError):
+                await self._full
+
+    # --- the image ------------------------------------------------------------------------------------------------------
+
+    def _skipped(self, size: Size) -> str | None:
+        """Why the zoom turn is left out, if it is."""
+        if self.task.zoom == "never":
+            return "requested"
+        if self.task.zoom == "auto" and self.task.budget.holds(size):
+            return "fits_budget"
+        return None
+
+    def _look(self, header: ImageHeader) -> tuple[DecodedImage, View]:
+        """Decode what the overview needs, and make it. Runs in a thread."""
+        budget = self.task.budget
+        started = time.perf_counter()
+        # Twice the view's size: enough for the bicubic filter to give what it would have given from the full image
+        # (52 dB on photographs, where the view's own size gives 44).
+        width, height = budget.view_size(header.size)
+        image = decode_image(self.task.image, at_least=Size(2 * width, 2 * height), max_pixels=self.pipeline.max_pixels)
+        decoded = time.perf_counter()
+        overview = views.overview(image, budget)
+        self._context = tuple(
+            Message(message.role, tuple(part if isinstance(part, str) else self._aside(part) for part in message.parts))
+            for message in self.task.context
+        )
+        self._time("decode", decoded - started)
+        self._time("overview", time.perf_counter() - decoded)
+        return image, overview
+
+    def _aside(self, data: bytes) -> View:
+        """Make the view of an image that rides along."""
+        image = decode_image(data, max_pixels=self.pipeline.max_pixels)
+        self._aside_baseline += baseline_visual_tokens(image.header.size)
+        return views.overview(image, self.task.budget)
+
+    def _whole(self, image: DecodedImage) -> DecodedImage:
+        """Decode at full size, unless the overview needed that already. Runs in a thread, beside the zoom turn."""
+        if image.pixels.size == tuple(image.header.size):
+            return image
+        started = time.perf_counter()
+        full = decode_image(self.task.image, max_pixels=self.pipeline.max_pixels)
+        self._time("decode", time.perf_counter() - started)
+        return full
+
+    async def _look_closer(self, action: Zoom | Resize | Malformed, seen: Sequence[Seen], size: Size) -> RegionReport:
+        """Decide the region and crop it."""
+        found = cut(action, seen, size, self.policy.crop_rule) if isinstance(action, Zoom) else action
+        outcome: ZoomOutcome
+        if isinstance(found, Malformed):
+            box = self.policy.on_malformed(found, size)
+            outcome = "no_box" if found.reason is MalformedReason.MISSING else "invalid_box"
+        elif isinstance(found, Resize):
+            box, outcome = Box.whole(size), "zoomed"
+        else:
+            box, outcome = found.box, "clamped" if found.clamped else "zoomed"
+        assert self._full is not None
+        full = await self._full
+        started = time.perf_counter()
+        crop = await asyncio.to_thread(views.crop, full, box, self.task.budget)
+        self._time("crop", time.perf_counter() - started)
+        before = seen[0].view.size.width / size.width
+        return RegionReport(
+            outcome=outcome,
+            box=box,
+            seen=action.edges if isinstance(action, Zoom) else None,
+            area_ratio=box.area_ratio(size),
+            magnification=crop.size.width / box.size.width / before,
+            reason=found.reason.value if isinstance(found, Malformed) else None,
+            lenient=isinstance(action, Zoom) and action.lenient,
+            crop=crop,
+        )
+
+    # --- the engine -----------------------------------------------------------------------------------------------------
+
+    async def _turn(self, ask: Ask, number: int) -> Action:
+        """One exchange with the engine; returns what the reply means."""
+        name: TurnName = ("single" if self.policy.max_turns == 1 else "answer") if ask.answers else "zoom"
+        sampling = Sampling(TURN_TOKENS, self.task.temperature, self.task.top_p, self.task.seed, ask.stop)
+        reader = _VisibleAnswer(self.emit, self.task.max_tokens) if ask.answers else None
+        started = time.perf_counter()
+        generation = None
+        try:
+            async with (
+                asyncio.timeout(self.pipeline.deadlines.turn),
+                contextlib.aclosing(self.pipeline.engine.generate(ask.conversation, sampling, session=self.session)) as pieces,
+            ):
+                async for piece in pieces:
+                    if isinstance(piece, Generation):
+                        generation = piece
+                    elif reader is not None:
+                        reader.feed(piece)
+        except TimeoutError:
+            raise EngineTimeout(f"the engine did not finish the {name} turn within {self.pipeline.deadlines.turn:g} s") from None
+        finally:
+            self._time("zoom_turn" if name == "zoom" else "answer_turn", time.perf_counter() - started)
+        assert generation is not None  # every engine ends with one
+        formula = sum(view.visual_tokens for view in ask.conversation.views)
+        self.turns.append(Turn(name, generation, time.perf_counter() - started, formula))
+        if reader is not None:
+            answer = reader.finish()
+            self._cut_short = reader.cut_short
+            return answer
+        action = self.policy.parse(generation.text, number)
+        if isinstance(action, Answer):
+            self.emit(ReasoningDelta(action.reasoning))
+            self.emit(AnswerDelta(action.text))
+        return action
+
+    # --- the end --------------------------------------------------------------------------------------------------------
+
+    def _result(self, header: ImageHeader, overview: View, region: RegionReport, answer: Answer, seconds: float) -> Result:
+        self.timings["total"] = seconds
+        return Result(
+            id=uuid.uuid4().hex,
+            created=int(time.time()),
+            policy=self.policy.name,
+            header=header,
+            answer=answer,
+            choice=choose(answer.text, self.task.question),
+            truncated=self._cut_short or self.turns[-1].generation.finish_reason == "length",
+            region=region,
+            turns=tuple(self.turns),
+            visual_tokens=self._visual_tokens(header, overview, region),
+            timings=dict(self.timings),
+            overview=overview,
+        )
+
+    def _visual_tokens(self, header: ImageHeader, overview: View, region: RegionReport) -> VisualTokens:
+        """Count what was seen: by the engine's own usage where it reports it, else by the formula."""
+        extra = sum(part.visual_tokens for message in self._context for part in message.parts if isinstance(part, View))
+        first, last = self.turns[0].generation.usage.image_tokens, self.turns[-1].generation.usage.image_tokens
+        crop = region.crop.visual_tokens if region.crop else 0
+        baseline = baseline_visual_tokens(header.size) + self._aside_baseline
+        if first is None or last is None:
+            return VisualTokens(overview.visual_tokens, crop, extra, baseline, "formula")
+        mismatch = any(turn.generation.usage.image_tokens != turn.image_tokens_formula for turn in self.turns)
+        return VisualTokens(first - extra, last - first, extra, baseline, "engine", mismatch)
+
+    def _time(self, stage: Stage, seconds: float) -> None:
+        self.timings[stage] = self.timings.get(stage, 0.0) + seconds
+
+
+class _VisibleAnswer:
+    """Passes on the answer turn's text as it becomes certain, and at most ``max_tokens`` of the answer.
+
+    What lies beyond is read to its end all the same, so that the engine's usage is known.
+    """
+
+    def __init__(self, emit: Callable[[Event], None], max_tokens: int | None) -> None:
+        self.cut_short = False
+        self._emit = emit
+        self._left = max_tokens
+        self._reader = AnswerReader()
+        self._visible = ""
+
+    def feed(self, delta: Delta) -> None:
+        """Take the next piece of the reply."""
+        self._pass_on(self._reader.feed(delta.text), delta.tokens)
+
+    def finish(self) -> Answer:
+        """Say that the reply is over; returns the answer as far as it is visible."""
+        # Only an untagged reply leaves its answer for the end, and how many tokens that was made of nobody counted: letters
+        # stand in, four to a token.
+        rest = self._reader.finish()
+        self._pass_on(rest, sum(len(piece.text) // 4 + 1 for piece in rest if piece.kind == "answer"), divisible=True)
+        return replace(self._reader.answer, text=self._visible)
+
+    def _pass_on(self, pieces: Sequence[Piece], tokens: int, *, divisible: bool = False) -> None:
+        for piece in pieces:
+            if piece.kind == "reasoning":
+                self._emit(ReasoningDelta(piece.text))
+                continue
+            text = piece.text
+            if self._left is not None and tokens > self._left:
+                text = text[: 4 * self._left] if divisible else ""
+                self.cut_short = True
+                self._left = 0
+            elif self._left is not None:
+                self._left -= tokens
+            if text:
+                self._visible += text
+                self._emit(AnswerDelta(text))
+
+
+def _after(context: Sequence[Message], conversation: Conversation) -> Conversation:
+    """Put earlier messages between the policy's system message and its question; system texts of both are joined."""
+    system, *rest = conversation.messages
+    texts = [part for message in (system, *context) if message.role == "system" for part in message.parts if isinstance(part, str)]
+    joined = Conversation().system("\n\n".join(texts))
+    for message in (*(m for m in context if m.role != "system"), *rest):
+        joined = joined.say(message.role, *message.parts)
+    return joined
