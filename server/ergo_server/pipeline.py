@@ -127,6 +127,8 @@ class Result:
     policy: str
     header: ImageHeader
     answer: Answer
+    answer_tokens: int
+    """Tokens of the visible answer."""
     choice: int | None
     truncated: bool
     region: RegionReport
@@ -154,6 +156,7 @@ class RegionFound:
     """Event: it is decided where to look."""
 
     region: RegionReport
+    header: ImageHeader
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +242,25 @@ class Pipeline:
             with contextlib.suppress(asyncio.CancelledError, ErgoError):
                 await work  # so that the engine is free before the caller goes on; its outcome was raised above, if wanted
 
+    async def converse(self, conversation: Conversation, sampling: Sampling) -> AsyncGenerator[Delta | Generation, None]:
+        """Pass one turn through to the engine, within the turn's deadline.
+
+        Raises:
+            EngineError: the engine did not do its part, or the deadline passed.
+        """
+        deadline = asyncio.get_running_loop().time() + self.deadlines.turn
+        async with contextlib.aclosing(self.engine.generate(conversation, sampling)) as pieces:
+            while True:
+                try:
+                    # Around each step, not around the loop: a deadline must not strike in the code of whoever reads this.
+                    async with asyncio.timeout_at(deadline):
+                        piece = await anext(pieces)
+                except TimeoutError:
+                    raise EngineTimeout(f"the engine did not finish within {self.deadlines.turn:g} s") from None
+                yield piece
+                if isinstance(piece, Generation):
+                    return
+
     async def _run(self, task: Task, emit: Callable[[Event], None]) -> Result:
         run = _Run(self, task, emit)
         started = time.perf_counter()
@@ -281,6 +303,7 @@ class _Run:
         self._context: tuple[Message, ...] = ()
         self._aside_baseline = 0
         self._cut_short = False
+        self._answer_tokens = 0
 
     async def answer(self) -> Result:
         started = time.perf_counter()
@@ -300,7 +323,7 @@ class _Run:
             ask = replace(ask, conversation=_after(self._context, ask.conversation))
         region = RegionReport("skipped", Box.whole(header.size), None, 1.0, 1.0, skipped)
         if skipped:
-            self.emit(RegionFound(region))
+            self.emit(RegionFound(region, header))
         action: Action = Answer("", tagged=False)
         for number in range(self.policy.max_turns):
             action = await self._turn(ask, number)
@@ -308,7 +331,7 @@ class _Run:
                 break
             region = await self._look_closer(action, seen, header.size)
             assert region.crop is not None
-            self.emit(RegionFound(region))
+            self.emit(RegionFound(region, header))
             seen.append(Seen(region.crop, region.box))
             ask = self.policy.next(ask, self.turns[-1].generation.text, task.question, region.crop)
         # A policy whose turns are used up without an answer has answered nothing.
@@ -421,7 +444,7 @@ class _Run:
         self.turns.append(Turn(name, generation, time.perf_counter() - started, formula))
         if reader is not None:
             answer = reader.finish()
-            self._cut_short = reader.cut_short
+            self._cut_short, self._answer_tokens = reader.cut_short, reader.tokens
             return answer
         action = self.policy.parse(generation.text, number)
         if isinstance(action, Answer):
@@ -439,6 +462,7 @@ class _Run:
             policy=self.policy.name,
             header=header,
             answer=answer,
+            answer_tokens=self._answer_tokens,
             choice=choose(answer.text, self.task.question),
             truncated=self._cut_short or self.turns[-1].generation.finish_reason == "length",
             region=region,
@@ -471,6 +495,7 @@ class _VisibleAnswer:
 
     def __init__(self, emit: Callable[[Event], None], max_tokens: int | None) -> None:
         self.cut_short = False
+        self.tokens = 0
         self._emit = emit
         self._left = max_tokens
         self._reader = AnswerReader()
@@ -493,13 +518,14 @@ class _VisibleAnswer:
             if piece.kind == "reasoning":
                 self._emit(ReasoningDelta(piece.text))
                 continue
+            if self.cut_short:
+                continue
             text = piece.text
-            if self._left is not None and tokens > self._left:
-                text = text[: 4 * self._left] if divisible else ""
+            if self._left is not None and self.tokens + tokens > self._left:
                 self.cut_short = True
-                self._left = 0
-            elif self._left is not None:
-                self._left -= tokens
+                left = self._left - self.tokens
+                text, tokens = (text[: 4 * left], left) if divisible else ("", 0)
+            self.tokens += tokens
             if text:
                 self._visible += text
                 self._emit(AnswerDelta(text))
@@ -508,7 +534,8 @@ class _VisibleAnswer:
 def _after(context: Sequence[Message], conversation: Conversation) -> Conversation:
     """Put earlier messages between the policy's system message and its question; system texts of both are joined."""
     system, *rest = conversation.messages
-    texts = [part for message in (system, *context) if message.role == "system" for part in message.parts if isinstance(part, str)]
+    systems = (message for message in (system, *context) if message.role == "system")
+    texts = [part for message in systems for part in message.parts if isinstance(part, str)]
     joined = Conversation().system("\n\n".join(texts))
     for message in (*(m for m in context if m.role != "system"), *rest):
         joined = joined.say(message.role, *message.parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from ergo_train import scenes, tokenizer
+from ergo_train import tokenizer
 from ergo_train.samples import NO_CLASS, NO_DIGIT, SLOTS
 
 LOOKING_LAYER = 3
@@ -30,8 +31,8 @@ MAX_GRID = 14
 
 def build(tokens: Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """Return the network with random weights."""
-    ids = {name: tokens.token_to_id(name) for name in tokenizer.SPECIALS}
-    ends = {
+    ids: dict[str, Any] = {name: tokens.token_to_id(name) for name in tokenizer.SPECIALS}
+    ends: dict[str, Any] = {
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
@@ -82,8 +83,8 @@ def build(tokens: Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
 
 def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
     """Write weights (bfloat16), configuration and processor files; the tokenizer's files must be there already."""
-    config = model.config
-    model.generation_config = GenerationConfig(
+    config: Any = model.config
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=config.text_config.bos_token_id,
         pad_token_id=config.text_config.pad_token_id,
         eos_token_id=[config.text_config.eos_token_id, config.text_config.pad_token_id],
@@ -91,7 +92,7 @@ def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
     )
     dtype = model.dtype
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
-    model.to(dtype)
+    model.to(dtype)  # type: ignore[arg-type]
     pixels = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
     image = {
         "do_convert_rgb": True,
@@ -165,7 +166,8 @@ class Trainee(nn.Module):
     def __init__(self, model: Qwen2_5_VLForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
-        text, vision = model.config.text_config, model.config.vision_config
+        config: Any = model.config
+        text, vision = config.text_config, config.vision_config
         self.heads = text.num_attention_heads
         self.vision_heads = vision.num_heads
         self.landmark_head = nn.Linear(text.hidden_size, NO_CLASS + 1 + 5)
@@ -174,7 +176,7 @@ class Trainee(nn.Module):
         self.text_layer = _text_layer
         self.vision_layer = _vision_layer
 
-    def compile(self) -> None:  # type: ignore[override]
+    def compile(self) -> None:
         """Compile the two layer functions; needs a C++ compiler."""
         self.text_layer = torch.compile(_text_layer, dynamic=False)
         self.vision_layer = torch.compile(_vision_layer, dynamic=False)
@@ -206,7 +208,7 @@ class Trainee(nn.Module):
         """Return every loss of the batch."""
         seen = self.see(batch)
         lm = self.model.model.language_model
-        samples, length = batch.ids.shape
+        samples = len(batch.ids)
         visual = batch.slots >= 0
         flat = batch.slots + torch.arange(samples)[:, None] * (seen.shape[0] // samples * SLOTS)
         tokens = seen.flatten(0, 1)
@@ -280,8 +282,9 @@ class Trainee(nn.Module):
         even = torch.ones(NO_CLASS + 1)
         even[NO_CLASS] = 0.2
         what = functional.cross_entropy(logits[overview, : NO_CLASS + 1], kinds[overview], weight=even)
-        rest = functional.cross_entropy(logits[overview, NO_CLASS + 1 :], halves[overview], weight=torch.tensor([1, 1, 1, 1, 0.2]))
-        return what + rest
+        mostly_absent = torch.tensor([1, 1, 1, 1, 0.2])
+        where_in = functional.cross_entropy(logits[overview, NO_CLASS + 1 :], halves[overview], weight=mostly_absent)
+        return what + where_in
 
     def _digits(self, batch: Batch, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """One digit or none in each of the four patches of every visual token of a crop."""
@@ -310,7 +313,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-far, near], -1) * sin
 
 
-def _text_layer(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, heads: int) -> Tensor:
+def _text_layer(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, heads: int) -> Tensor:
     attention = layer.self_attn
     h = layer.input_layernorm(x)
     samples, length, width = h.shape
@@ -324,7 +327,7 @@ def _text_layer(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Ten
     return out
 
 
-def _vision_layer(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, heads: int) -> Tensor:
+def _vision_layer(block: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, heads: int) -> Tensor:
     h = block.norm1(x)
     views, patches, width = h.shape
     query, key, value = block.attn.qkv(h).view(views, patches, 3, heads, width // heads).permute(2, 0, 3, 1, 4)

@@ -19,13 +19,14 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from ergo_server.imaging.geometry import FACTOR, Box, PixelBudget, Size
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
+from ergo_server.imaging.geometry import FACTOR, Box, PixelBudget, Size
 from ergo_train import scenes
 from ergo_train.scenes import Landmark, Scene
 
@@ -129,7 +130,7 @@ class Packer:
     def __init__(self, tokenizer: Tokenizer, prompts: dict[str, dict[str, str]]) -> None:
         self.tokenizer = tokenizer
         self.prompts = prompts
-        self.image_pad = tokenizer.token_to_id("<|image_pad|>")
+        self.image_pad: Any = tokenizer.token_to_id("<|image_pad|>")
         self._is_digit = [t.isdigit() for t in (tokenizer.decode([i]) for i in range(tokenizer.get_vocab_size()))]
 
     def sample(self, rng: random.Random, scene: Scene) -> Sample:
@@ -165,6 +166,17 @@ class Packer:
                 self._forget(sample, mark)
         return sample
 
+    def sight(self, rng: random.Random, scene: Scene) -> Sample:
+        """Return views and hints alone, of the overview of ``scene`` and of two close-ups, for the vision part."""
+        sample = Sample()
+        sample.views.append(view_of(scene.image, Box.whole(Size(*scene.image.size)), Image.Resampling.BICUBIC))
+        self._hint_landmarks(sample, sample.views[0], scene.landmarks)
+        for number in range(1, VIEWS):
+            image, landmark = scenes.close_up(rng)
+            sample.views.append(view_of(image, Box.whole(Size(*image.size)), Image.Resampling.LANCZOS))
+            self._hint_digits(sample, sample.views[number], number, landmark)
+        return sample
+
     # --- branches ---------------------------------------------------------------------------------------------------
 
     def _zoom(
@@ -180,7 +192,8 @@ class Packer:
         seen = Size(view.columns * FACTOR, view.rows * FACTOR)
         row, column = cell(min(max(x, 0), seen.width - 1), min(max(y, 0), seen.height - 1))
         box = Box.whole(seen) if absent else zoom_box(row, column, seen)
-        reply = f"<think>unseen</think><zoom>[0, 0, {seen.width}, {seen.height}]</zoom>" if absent else where_reply(row, column, box)
+        unseen = f"<think>unseen</think><zoom>[0, 0, {seen.width}, {seen.height}]</zoom>"
+        reply = unseen if absent else where_reply(row, column, box)
         position = self._text(sample, branch, self.prompts["zoom"]["user"].format(question=question) + ASK, position)
         # A jittered place is not what the model should say, only what it should be able to read on from.
         looks = [] if absent else [(0, self._slot(sample, 0, view.token(*_middle(landmark))))]

@@ -115,12 +115,19 @@ def scene(seed: int, *, size: tuple[int, int] | None = None) -> Scene:
     spots = _spots(rng, width / u, height / u, rng.randint(2, 5))
     _distractors(rng, draw, u, width, height, spots)
     kinds = rng.sample([(c, s) for c in COLOURS for s in SHAPES], len(spots))
-    landmarks = tuple(
-        _landmark(rng, image, u, x, y, *kind) for (x, y), kind in zip(spots, kinds, strict=True)
-    )
+    landmarks = tuple(_landmark(rng, image, u, x, y, *kind) for (x, y), kind in zip(spots, kinds, strict=True))
     target = rng.choice(landmarks)
     question = rng.choice(QUESTIONS).format(target.name)
     return Scene(seed, image, landmarks, question, target.code, target)
+
+
+def close_up(rng: random.Random) -> tuple[Image.Image, Landmark]:
+    """Draw what a crop of a scene shows: one landmark with its plate somewhat off the middle. Cheap, for learning to read."""
+    u = rng.uniform(5.5, 8.5)
+    width, height = (30 * u * (rng.uniform(0.8, 1.0) if rng.random() < 0.2 else 1.0) for _ in range(2))
+    image = _background(rng, round(width), round(height))
+    middle = (width / u / 2 + rng.uniform(-7.5, 7.5), height / u / 2 + rng.uniform(-7.5, 7.5))
+    return image, _landmark(rng, image, u, *middle, rng.choice(list(COLOURS)), rng.choice(SHAPES))
 
 
 def absent_name(rng: random.Random, landmarks: tuple[Landmark, ...]) -> str:
@@ -208,9 +215,7 @@ def _shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, diameter: 
         draw.polygon([(x, y - 1.2 * r), (x + 1.2 * r, y), (x, y + 1.2 * r), (x - 1.2 * r, y)], fill=fill)
 
 
-def _landmark(
-    rng: random.Random, image: Image.Image, u: float, x: float, y: float, colour: str, shape: str
-) -> Landmark:
+def _landmark(rng: random.Random, image: Image.Image, u: float, x: float, y: float, colour: str, shape: str) -> Landmark:
     x, y, diameter = x * u, y * u, rng.uniform(26, 32) * u
     tint = tuple(max(0, min(255, c + rng.randint(-12, 12))) for c in COLOURS[colour])
     _shape(ImageDraw.Draw(image), shape, x, y, diameter, (tint[0], tint[1], tint[2]))

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,22 +32,26 @@ PROMPTS = Path(__file__).parents[2] / "models" / "ergo_mini" / "prompts.toml"
 
 
 class Samples(Dataset[Sample]):
-    """Sample ``i`` is made from seed ``i``; there is no end of them below `scenes.HELD_OUT`."""
+    """Sample ``i`` is made from seed ``i``; the first ``sights`` of them are for the vision part alone."""
 
-    def __init__(self, packer: Packer, first: int, count: int) -> None:
-        self.packer, self.first, self.count = packer, first, count
+    def __init__(self, packer: Packer, sights: int, count: int) -> None:
+        self.packer, self.sights, self.count = packer, sights, count
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> Sample:
-        seed = self.first + index
+    def __getitem__(self, seed: int) -> Sample:
         rng = random.Random(f"sample {seed}")
-        size = None
-        if rng.random() < 0.85:  # most scenes have sizes that no list holds; small ones, since they are drawn faster
-            area, aspect = rng.uniform(1.2e6, 1.7e6), math.exp(rng.uniform(-0.6, 0.6))
-            size = (round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect)))
-        return self.packer.sample(rng, scenes.scene(seed, size=size))
+        aspect = math.exp(rng.uniform(-0.6, 0.6))
+        if seed < self.sights:
+            area = rng.uniform(0.25e6, 0.4e6)
+        elif rng.random() < 0.85:  # most scenes have sizes that no list holds; small ones, since they are drawn faster
+            area = rng.uniform(1.2e6, 1.7e6)
+        else:
+            return self.packer.sample(rng, scenes.scene(seed))
+        size = (round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect)))
+        drawn = scenes.scene(seed, size=size)
+        return self.packer.sight(rng, drawn) if seed < self.sights else self.packer.sample(rng, drawn)
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -68,7 +71,7 @@ def collate(samples: list[Sample]) -> Batch:
         used = len(sample.ids)
         ids[b, :used] = torch.tensor(sample.ids)
         branch[b, :used] = torch.tensor(sample.branch)
-        positions[:, b, :used] = torch.tensor(sample.positions).T
+        positions[:, b, :used] = torch.tensor(sample.positions, dtype=torch.long).reshape(-1, 3).T
         weights[b, :used] = torch.tensor(sample.weights)
         slots[b, :used] = torch.tensor(sample.slots)
         looks += [(b, head, here, there) for head, here, there in sample.looks]
@@ -100,7 +103,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 def patchify(view: View) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return the patches of a view, 588 values each, and their rows and columns, in the processor's order of 2 × 2 blocks."""
-    x = (view.pixels.astype(np.float32) / 255 - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
+    x = (view.pixels.astype(np.float32) / 255 - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
     x = x.reshape(view.rows, 2, 14, view.columns, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     row, column = np.divmod(np.arange(view.rows * view.columns), view.columns)
     places = np.stack(
@@ -128,14 +131,14 @@ def main() -> None:
     """Run or resume the training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--see-steps", type=int, default=400, help="steps of the vision part alone")
+    parser.add_argument("--see-steps", type=int, default=1600, help="steps of the vision part alone")
     parser.add_argument("--steps", type=int, default=6000, help="steps of the whole, after those")
     parser.add_argument("--batch", type=int, default=32, help="scenes a step")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the steps over which the rate falls")
     parser.add_argument("--threads", type=int, default=1, help="threads of the arithmetic")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights and the first scene")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights")
     parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler; about 1.3 x)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; start again to go on")
     run(parser.parse_args())
@@ -159,10 +162,10 @@ def run(args: argparse.Namespace) -> None:
         trainee.compile()
     total = args.see_steps + args.steps
     packer = Packer(tokens, tomllib.loads(PROMPTS.read_text(encoding="utf-8")))
-    first = args.seed * 100_000_000 + step * args.batch
+    samples = Samples(packer, args.see_steps * args.batch, total * args.batch)
     loader = DataLoader(
-        Samples(packer, first, (total - step) * args.batch),
-        batch_size=args.batch,
+        samples,
+        batch_sampler=[list(range(n * args.batch, (n + 1) * args.batch)) for n in range(step, total)],
         collate_fn=collate,
         num_workers=args.workers,
         prefetch_factor=8 if args.workers else None,
@@ -208,7 +211,7 @@ def _groups(trainee: Trainee) -> list[dict[str, Any]]:
 def _step(trainee: Trainee, batch: Batch, optimizer: torch.optim.Optimizer, *, seeing: bool) -> list[float]:
     losses = trainee.look(batch) if seeing else trainee(batch)
     loss: Tensor = losses.total
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_([p for p in trainee.parameters() if p.grad is not None], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -10,7 +10,6 @@ its zoom turn and computes only what is new.
 from __future__ import annotations
 
 import asyncio
-import io
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -143,13 +142,16 @@ class _Model:
     def load(cls, checkpoint: str, device: str, threads: int) -> _Model:
         import torch
         from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # it would write to the terminal of a server
         if threads:
             torch.set_num_threads(threads)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        network = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+        network: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
+        network.to(device).eval()
         network.requires_grad_(False)
         ends = network.generation_config.eos_token_id
         return cls(
@@ -271,7 +273,7 @@ class _Model:
         )
         x = self.network.get_input_embeddings()(tokens[:, common:])
         counts = [] if grids is None else (grids.prod(-1) // 4).tolist()
-        fresh = _unread_images(visual[0, :common].sum().item(), counts)
+        fresh = _unread_images(int(visual[0, :common].sum()), counts)
         if fresh < len(counts):
             skipped = int(grids[:fresh].prod(-1).sum())
             features = inner.get_image_features(pixels[skipped:], grids[fresh:].to(tokens.device)).pooler_output

@@ -19,12 +19,11 @@ photograph cheap; the full decode can then run while the engine is busy with the
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 
-from PIL import Image, ImageCms
+from PIL import Image, ImageChops, ImageCms
 
-from ergo_server.errors import ImageAspect, ImageError, ImageTooLarge, ImageUnreadable, ImageUnsupported
+from ergo_server.errors import ImageAspect, ImageTooLarge, ImageUnreadable, ImageUnsupported
 from ergo_server.imaging.geometry import MAX_ASPECT, Size
 
 MAX_PIXELS = 128_000_000
@@ -46,9 +45,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow's own bomb check warns above 89 MP and raises above 179 MP. MAX_PIXELS is checked from the same header right after,
-# with a message that names the limit; a warning on the way to that would only reach the server's log.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow's own bomb check warns above 89 MP and raises above 179 MP, whatever max_pixels says. Ours is made from the same header
+# right after, with a message that names the limit.
+Image.MAX_IMAGE_PIXELS = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
         ImageTooLarge: more than ``max_pixels`` pixels.
         ImageAspect: an aspect ratio above 200.
     """
-    with _opened(data, max_pixels) as image:
+    with _opened(data) as image:
         return _header(image, max_pixels)
 
 
@@ -99,7 +98,7 @@ def decode_image(data: bytes, *, at_least: Size | None = None, max_pixels: int =
     Raises:
         ImageError: as `read_header`, and ImageUnreadable for truncated or corrupt pixels.
     """
-    with _opened(data, max_pixels) as image:
+    with _opened(data) as image:
         header = _header(image, max_pixels)
         try:
             if at_least is not None and header.format == "jpeg":
@@ -128,11 +127,9 @@ def to_srgb(pixels: Image.Image, profile: bytes | None) -> Image.Image:
     return pixels if pixels.mode == "RGB" else pixels.convert("RGB")
 
 
-def _opened(data: bytes, max_pixels: int) -> Image.Image:
+def _opened(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name != "MPO"])  # opened as JPEG
-    except Image.DecompressionBombError as error:
-        raise _too_many_pixels(None, max_pixels) from error
     except Exception as error:
         if _is_other_format(data):
             raise ImageUnsupported(f"the image is in a format other than {_names()}", param="image") from error
@@ -149,21 +146,17 @@ def _is_other_format(data: bytes) -> bool:
 def _header(image: Image.Image, max_pixels: int) -> ImageHeader:
     width, height = image.size
     if width * height > max_pixels:
-        raise _too_many_pixels(Size(width, height), max_pixels)
+        raise ImageTooLarge(f"the image has {width} x {height} pixels; the limit is {max_pixels:,} in all", param="image")
     orientation = _orientation(image)
     size = Size(width, height) if orientation < 5 else Size(height, width)
     if min(size) < 1:
         raise ImageUnreadable("the image has no pixels", param="image")
     if size.aspect > MAX_ASPECT:
         raise ImageAspect(
-            f"the image is {width} x {height} pixels; the longer side may be at most {MAX_ASPECT} times the shorter", param="image"
+            f"the image is {width} x {height} pixels; the longer side may be at most {MAX_ASPECT} times the shorter",
+            param="image",
         )
     return ImageHeader(size, FORMATS[image.format or ""], orientation)
-
-
-def _too_many_pixels(size: Size | None, max_pixels: int) -> ImageError:
-    found = f"{size.width} x {size.height}" if size else "too many"
-    return ImageTooLarge(f"the image has {found} pixels; the limit is {max_pixels:,} in all", param="image")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -179,16 +172,28 @@ def _orientation(image: Image.Image) -> int:
 
 def _plain(image: Image.Image) -> Image.Image:
     """Return mode L, RGB or CMYK: palettes and bits expanded, 16 bit scaled, transparency on white."""
+    if image.mode.startswith("I"):
+        return _eight_bit(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    if image.mode.startswith("I"):
-        return image.convert("I").point(lambda value: value * (255 / 65535)).convert("L")
     if image.mode in ("1", "L"):
         return image.convert("L")
     if image.mode in ("RGB", "CMYK"):
         return image
     return image.convert("RGB")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scale 16 bit grey to mode L, white where the file says transparent; ``convert`` would clip at 255 in both."""
+    deep = image.convert("I")
+    grey = deep.point(lambda value: value * (255 / 65535) + 0.5).convert("L")
+    hidden = image.info.get("transparency")
+    if isinstance(hidden, int):
+        above, below = deep.point(lambda value: value - hidden), deep.point(lambda value: value * -1 + hidden)
+        shown = ImageChops.lighter(above.convert("L"), below.convert("L"))  # 0 where both clip to 0: the hidden value itself
+        grey.paste(255, mask=shown.point([255] + [0] * 255))
+    return grey
 
 
 def _names() -> str:

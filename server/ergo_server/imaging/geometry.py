@@ -67,9 +67,9 @@ def visual_tokens(size: Size) -> int:
 def smart_resize(size: Size, *, max_visual_tokens: int = MAX_VISUAL_TOKENS) -> Size:
     """Return the size at which a view of an image of ``size`` is sent: multiples of 28, within the budget, ratio kept.
 
-    The same arithmetic as the Qwen processors (round, and floor when shrinking), then two bounds that they lack: an image so
-    long that even one token's height exceeds the budget is shortened to it, and no result is longer than 200 : 1. The engine's
-    processor therefore leaves a view of this size as it is.
+    The same arithmetic as the Qwen processors (round, and floor when shrinking), then three bounds that they lack: an image so
+    long that even one token's height exceeds the budget is shortened to it, no result is longer than 200 : 1, and none is below
+    4 tokens. The engine's processor therefore leaves a view of this size as it is.
 
     Raises:
         ValueError: the aspect ratio is above 200, a side is below 1, or the budget is below 4 visual tokens.
@@ -93,8 +93,15 @@ def smart_resize(size: Size, *, max_visual_tokens: int = MAX_VISUAL_TOKENS) -> S
         grow = math.sqrt(MIN_VISUAL_TOKENS * FACTOR**2 / size.area)
         columns, rows = math.ceil(width * grow / FACTOR), math.ceil(height * grow / FACTOR)
     columns, rows = max(1, columns), max(1, rows)
-    columns = min(columns, max_visual_tokens // rows, MAX_ASPECT * rows)
-    rows = min(rows, max_visual_tokens // columns, MAX_ASPECT * columns)
+    if columns >= rows:
+        columns = min(columns, max_visual_tokens // rows, MAX_ASPECT * rows)
+    else:
+        rows = min(rows, max_visual_tokens // columns, MAX_ASPECT * columns)
+    if columns * rows < MIN_VISUAL_TOKENS:  # budgets below 8 only: 2 × 2 or 4 × 1, as the engine would enlarge anything less
+        longer = 2 if size.aspect < 2 else MIN_VISUAL_TOKENS
+        columns, rows = longer, MIN_VISUAL_TOKENS // longer
+        if width < height:
+            columns, rows = rows, columns
     return Size(columns * FACTOR, rows * FACTOR)
 
 
@@ -122,7 +129,7 @@ class PixelBudget:
 
     def holds(self, size: Size) -> bool:
         """Say whether an image of ``size`` fits the budget at full resolution, so that zooming could add nothing."""
-        return smart_resize(size) == self.view_size(size)
+        return round(size.width / FACTOR) * round(size.height / FACTOR) <= self.max_visual_tokens
 
 
 def baseline_visual_tokens(size: Size) -> int:

@@ -71,6 +71,7 @@ def crop(image: DecodedImage, region: Box, budget: PixelBudget) -> View:
 def _view(pixels: Image.Image, size: Size, resample: Image.Resampling, profile: bytes | None) -> View:
     seen = to_srgb(pixels.resize(size, resample), profile)
     # Level 0: 2 ms for half a megapixel where the default level takes 119, and the larger bytes cross a local network only.
+    # No profile: Pillow would embed the one it made for sRGB, whose header holds the second it was made in.
     with io.BytesIO() as file:
-        seen.save(file, "PNG", compress_level=0)
+        seen.save(file, "PNG", compress_level=0, icc_profile=None)
         return View(file.getvalue(), size)

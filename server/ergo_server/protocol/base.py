@@ -139,8 +139,8 @@ def cut(zoom: Zoom, seen: Sequence[Seen], image: Size, rule: CropRule) -> Region
     """
     source = seen[zoom.view]
     size = source.view.size
-    scale = {Space.SEEN: (1.0, 1.0), Space.UNIT: tuple(size), Space.PER_MILLE: (size.width / 1000, size.height / 1000)}[zoom.space]
-    x1, y1, x2, y2 = (edge * scale[i % 2] for i, edge in enumerate(zoom.edges))
+    unit = {Space.SEEN: (1, 1), Space.UNIT: size, Space.PER_MILLE: (size.width / 1000, size.height / 1000)}[zoom.space]
+    x1, y1, x2, y2 = (edge * unit[i % 2] for i, edge in enumerate(zoom.edges))
     if x1 != x1 or y1 != y1 or x2 != x2 or y2 != y2:
         return Malformed(MalformedReason.NOT_NUMBERS)
     if x2 < x1 or y2 < y1:
@@ -152,9 +152,7 @@ def cut(zoom: Zoom, seen: Sequence[Seen], image: Size, rule: CropRule) -> Region
     clamped = x1 < 0 or y1 < 0 or x2 > size.width or y2 > size.height
     inside = Box(_floor(x1), _floor(y1), _ceil(x2, size.width), _ceil(y2, size.height))
     local = inside.rescale(seen=size, actual=source.region.size)
-    box = Box(
-        local.x1 + source.region.x1, local.y1 + source.region.y1, local.x2 + source.region.x1, local.y2 + source.region.y1
-    )
+    box = Box(local.x1 + source.region.x1, local.y1 + source.region.y1, local.x2 + source.region.x1, local.y2 + source.region.y1)
     return Region(box.grown(round(rule.pad * image.width), round(rule.pad * image.height), rule.min_side, image), clamped)
 
 
@@ -180,9 +178,17 @@ class Ask:
 class Policy(Protocol):
     """A model with its way of zooming. Stateless: all state is in the conversation and the views."""
 
-    name: str
-    max_turns: int
-    crop_rule: CropRule
+    @property
+    def name(self) -> str:
+        """As metrics and logs call it."""
+
+    @property
+    def max_turns(self) -> int:
+        """Most turns of one request."""
+
+    @property
+    def crop_rule(self) -> CropRule:
+        """How a box becomes a region."""
 
     def first(self, question: Question, overview: View) -> Ask:
         """Return what to say in the first turn."""

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from ergo_server.protocol.base import Question
 
-_OPTION = re.compile(r"^[ \t]*(?:\(([A-Z])\)[ \t]*|([A-Z])[.):][ \t]*)(\S.*?)[ \t]*$", re.MULTILINE)
+_OPTION = re.compile(r"^[ \t]*(?:\(([A-Z])\)[ \t]*|([A-Z])[.):][ \t]*)(\S.*)$", re.MULTILINE)
 _LEAD = re.compile(r"(?:^|\n)[ \t]*(?:the )?(?:options|choices)(?: are listed below)?:?[ \t]*$", re.IGNORECASE)
-_INLINE_LEAD = re.compile(r"[ \t]*(?:the )?(?:options|choices) are listed below:?[ \t]*$", re.IGNORECASE)
+_INLINE_LEAD = re.compile(r"(?:the )?(?:options|choices) are listed below:?[ \t]*$", re.IGNORECASE)
 _QUESTION_LEAD = re.compile(r"^\s*question:[ \t]*", re.IGNORECASE)
 
 
@@ -42,7 +42,7 @@ def split_choices(text: str) -> Question:
         return Question(text.strip())
     return Question(
         text=stem,
-        choices=tuple(option[3] for option in run),
+        choices=tuple(option[3].rstrip() for option in run),
         instructions=text[run[-1].end() :].strip(),
         labels=tuple(option[1] or option[2] for option in run),
     )
@@ -68,10 +68,14 @@ def choose(answer: str, question: Question) -> int | None:
     if found := dressed or lettered:
         return _index(found[1].upper(), question.labels)
     wanted = _words(plain)
-    same = [i for i, choice in enumerate(question.choices) if _words(choice) == wanted]
-    if len(same) == 1:
-        return same[0]
-    stated = re.findall(rf"(?:answer|option|choice)\s*(?:is|:)?\s*[(\[*]*([{letters}])\b", plain, re.IGNORECASE)
+    verbatim = [i for i, choice in enumerate(question.choices) if choice.strip() == plain]
+    same = [i for i, choice in enumerate(question.choices) if wanted and _words(choice) == wanted]
+    for found_in in (verbatim, same):  # by their words, "-5" and "5" are the same choice, and "+" is none
+        if len(found_in) == 1:
+            return found_in[0]
+    # A small letter counts only at the end: "the answer is a dog" does not mean A.
+    end = rf"[{letters.lower()}](?=\W*$)"
+    stated = re.findall(rf"(?i:answer|option|choice)\s*(?i:is|:)?\s*[(\[*]*([{letters}]\b|{end})", plain)
     if len({letter.upper() for letter in stated}) == 1:
         return _index(stated[0].upper(), question.labels)
     inside = [i for i, choice in enumerate(question.choices) if _words(choice) and f" {_words(choice)} " in f" {wanted} "]

@@ -55,8 +55,17 @@ class Conversation:
 
     def say(self, role: Role, *parts: Part) -> Conversation:
         """Append a message of any role."""
-        safe = tuple(neutralise(part) if isinstance(part, str) else part for part in parts)
-        return Conversation((*self.messages, Message(role, safe)))
+        safe: list[Part] = []
+        before = ""  # the end of the text so far: templates join the texts of a message, where "<" and "|" could meet
+        for part in parts:
+            if isinstance(part, str):
+                joined = neutralise(before + part)
+                safe.append(joined[len(before) :])
+                before = joined[-1:]
+            else:
+                safe.append(part)
+                before = ""
+        return Conversation((*self.messages, Message(role, tuple(safe))))
 
     @property
     def views(self) -> Iterator[View]:

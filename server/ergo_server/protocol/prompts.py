@@ -92,14 +92,16 @@ def read_profile(text: str, *, source: str) -> ModelProfile:
         single_system=_prompt(table, "single", "system", source, fields=()),
         single_user=_prompt(table, "single", "user", source),
     )
-    default = largest = None
-    if "budget" in table:
-        default, largest = table["budget"].get("default"), table["budget"].get("largest")
-    else:
-        default, largest = 640, 1280  # the two constraints at which the paper evaluates ERGO-7B
+    # Without a budget: the two constraints at which the paper evaluates ERGO-7B.
+    budget = table.get("budget", {"default": 640, "largest": 1280})
+    if not isinstance(budget, dict):
+        raise PromptsError(f"{source}: budget is no table")
+    default, largest = budget.get("default"), budget.get("largest")
+    if not isinstance(default, int) or not isinstance(largest, int):
+        raise PromptsError(f"{source}: [budget] default or largest is missing or is no whole number")
     try:
         PixelBudget(default), PixelBudget(largest)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise PromptsError(f"{source}: [budget] {error}") from error
     if default > largest:
         raise PromptsError(f"{source}: [budget] default is above largest")
@@ -107,7 +109,8 @@ def read_profile(text: str, *, source: str) -> ModelProfile:
 
 
 def _prompt(table: dict[str, Any], section: str, key: str, source: str, fields: tuple[str, ...] = ("{question}",)) -> str:
-    value = table.get(section, {}).get(key)
+    found = table.get(section)
+    value = found.get(key) if isinstance(found, dict) else None
     if not isinstance(value, str):
         raise PromptsError(f"{source}: [{section}] {key} is missing or is no string")
     for name in fields:
@@ -124,42 +127,43 @@ def import_prompts(
     zoom_user: str = "QUESTION_TEMPLATE1",
     answer_user: str = "QUESTION_TEMPLATE2",
 ) -> str:
-    """Return a prompts file made of string constants of a Python or TOML file, which is read, never run.
+    """Return a prompts file made of string constants of a TOML file (named so) or a Python file, which is read, never run.
 
     The names default to those that ERGO's published evaluation code gives its three prompts. A field of any usual spelling
     (``{question}``, ``{Question}``, ``{}``, ``%s``) becomes ``{question}``; in the answer turn, choices and instructions
     follow it, as upstream joins them. The prompts of the single turn are ours: the published code has none.
 
     Raises:
-        PromptsError: the file is neither Python nor TOML, or one of the constants is not a string in it.
+        PromptsError: the file is not valid, or one of the constants is not a string in it.
     """
     constants = _constants(text, source)
     missing = [name for name in (zoom_system, zoom_user, answer_user) if name not in constants]
     if missing:
-        raise PromptsError(f"{source}: no string constant named {', '.join(missing)}; found {', '.join(sorted(constants)) or 'none'}")
+        found = ", ".join(sorted(constants)) or "none"
+        raise PromptsError(f"{source}: no string constant named {', '.join(missing)}; found {found}")
     ours = builtin_profile()
-    sections = {
+    sections: dict[str, dict[str, str | int]] = {
         "budget": {"default": ours.default_visual_tokens, "largest": ours.max_visual_tokens},
         "zoom": {"system": constants[zoom_system], "user": _FOREIGN_FIELD.sub("{question}", constants[zoom_user])},
         "answer": {"user": _FOREIGN_FIELD.sub("{question}{choices}{instructions}", constants[answer_user])},
         "single": {"system": ours.prompts.single_system, "user": ours.prompts.single_user},
     }
     made = "\n".join(
-        f"[{name}]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in section.items()) for name, section in sections.items()
+        f"[{name}]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in section.items())
+        for name, section in sections.items()
     )
     read_profile(made, source=source)  # so that a template without a question is refused here, not at start-up
     return made
 
 
 def _constants(text: str, source: str) -> dict[str, str]:
+    # The name decides, not the text: a file of assignments is often both, and the two read '\\n' differently.
     try:
-        return {key: value for key, value in tomllib.loads(text).items() if isinstance(value, str)}
-    except tomllib.TOMLDecodeError:
-        pass  # not TOML: a Python file, most likely
-    try:
+        if source.endswith(".toml"):
+            return {key: value for key, value in tomllib.loads(text).items() if isinstance(value, str)}
         tree = ast.parse(text)
-    except (SyntaxError, ValueError) as error:
-        raise PromptsError(f"{source}: neither TOML nor Python") from error
+    except (SyntaxError, ValueError) as error:  # TOMLDecodeError is a ValueError
+        raise PromptsError(f"{source}: {error}") from error
     found = {}
     for statement in tree.body:
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]

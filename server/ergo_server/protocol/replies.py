@@ -110,6 +110,7 @@ class AnswerReader:
 
     def _advance(self, pieces: list[Piece]) -> bool:
         """Consume up to and including the next tag; False when more text is needed."""
+        tags: tuple[str, ...]
         match self._state:
             case "outside":
                 tags = (self._OPEN, self._OPEN_THINK, self._CLOSE_THINK)
@@ -152,10 +153,9 @@ class AnswerReader:
 
 def _split(buffer: str, tags: Sequence[str]) -> tuple[str, str | None, str]:
     """Split at the first tag. Without one, what could be the beginning of a tag is kept back as the rest."""
-    found = min((i, tag) for tag in tags if (i := buffer.find(tag)) >= 0) if any(tag in buffer for tag in tags) else None
+    found = re.search("|".join(tags), buffer)  # one pass, however many tags follow
     if found is not None:
-        at, tag = found
-        return buffer[:at], tag, buffer[at + len(tag) :]
+        return buffer[: found.start()], found[0], buffer[found.end() :]
     for length in range(min(len(buffer), max(map(len, tags)) - 1), 0, -1):
         if any(tag.startswith(buffer[-length:]) for tag in tags):
             return buffer[:-length], None, buffer[-length:]

@@ -1,0 +1,452 @@
+"""``POST /v1/chat/completions`` and ``GET /v1/models``: any OpenAI client gains zoom by changing its base URL.
+
+What real clients were seen to rely on decides the form (research of this project, evals §0 and §2):
+    * For a multiple-choice question the content is the bare letter: the one form that every harness scores right.
+    * The client's ``max_tokens`` bounds the visible answer only, and is clamped, never refused.
+    * No role chunk before the first token, no comment lines, usage in a last chunk of its own with ``choices: []``.
+    * Unknown fields are ignored; what would be silently wrong is refused.
+    * The reasoning travels as ``reasoning`` (vLLM) and ``reasoning_content`` (older clients).
+
+The newest image of the user is the one that is zoomed into; all others ride along within the budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.responses import JSONResponse
+
+from ergo_server.api.errors import envelope, from_validation
+from ergo_server.api.schemas import MAX_TEXT, ErrorEnvelope, RegionInfo, Timings, TurnUsage, UsageInfo, VisualTokensInfo
+from ergo_server.api.service import MODELS, Service
+from ergo_server.api.stream import event_stream, sse, unless_gone
+from ergo_server.engine.base import Delta, Generation, Sampling, Usage
+from ergo_server.errors import ErgoError, RequestError, UnknownModel
+from ergo_server.imaging.decode import read_header
+from ergo_server.imaging.geometry import smart_resize
+from ergo_server.imaging.view import View
+from ergo_server.intake.body import image_bytes, read_json
+from ergo_server.pipeline import (
+    TURN_TOKENS,
+    AnswerDelta,
+    ContextMessage,
+    Done,
+    Event,
+    ReasoningDelta,
+    RegionFound,
+    Result,
+    Task,
+    ZoomMode,
+)
+from ergo_server.protocol.base import Question
+from ergo_server.protocol.choices import split_choices
+from ergo_server.protocol.conversation import Conversation, Role
+
+MAX_IMAGES = 8
+"""Images of one conversation; more would not fit the engine's context beside the target's two views."""
+
+
+class StreamOptions(BaseModel):
+    """How to stream."""
+
+    include_usage: bool = False
+
+
+class ErgoOptions(BaseModel):
+    """What the server's own form offers beyond OpenAI's, under ``ergo``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_visual_tokens: int | None = None
+    zoom: ZoomMode = "auto"
+    include: list[str] = Field(default=[], description="`crop` adds the crop's pixels")
+
+
+class ChatRequest(BaseModel):
+    """A chat completion request. Fields that are not here are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = "ergo"
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=512, description="OpenAI's messages; the last is the user's")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1, description="bounds the visible answer; clamped to the server's own bound")
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    n: int | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    logprobs: bool | None = None
+    logit_bias: dict[str, Any] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    response_format: dict[str, Any] | None = None
+    ergo: ErgoOptions = ErgoOptions()
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of the visible answer."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Strings at which the answer ends; special tokens among them end it anyway."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(stop for stop in given if stop and not stop.startswith("<|"))
+
+    def refuse(self) -> None:
+        """Refuse what would be silently wrong.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        wrong = {
+            "n": self.n not in (None, 1),
+            "tools": bool(self.tools),
+            "functions": bool(self.functions),
+            "logprobs": bool(self.logprobs),
+            "logit_bias": bool(self.logit_bias),
+            "presence_penalty": bool(self.presence_penalty),
+            "frequency_penalty": bool(self.frequency_penalty),
+            "response_format": (self.response_format or {}).get("type", "text") != "text",
+        }
+        for name, asked in wrong.items():
+            if asked:
+                raise RequestError(f"{name} is not supported by this server", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """A message of the client: text and encoded images, in order."""
+
+    role: Role
+    parts: tuple[str | bytes, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part for part in self.parts if isinstance(part, str))
+
+
+_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+def router(service: Service) -> APIRouter:
+    """Return the OpenAI-compatible routes."""
+    routes = APIRouter(tags=["OpenAI"])
+    body = {"required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
+    failures: dict[int | str, dict[str, Any]] = {s: {"model": ErrorEnvelope} for s in (400, 404, 413, 415, 422, 502, 503, 504)}
+
+    extra = {"requestBody": body}
+
+    @routes.post("/v1/chat/completions", responses=failures, openapi_extra=extra, summary="OpenAI chat completions")
+    async def completions(request: Request) -> Response:
+        """Answer as OpenAI's chat completions do. `ergo` zooms, `ergo-single` does not, `ergo-raw` is the engine as it is."""
+        try:
+            chat = ChatRequest.model_validate(await read_json(request))
+        except ValidationError as error:
+            raise from_validation(error) from error
+        if chat.model not in MODELS:
+            raise UnknownModel(f"there is no model {chat.model[:64]!r} here; there are {', '.join(MODELS)}", param="model")
+        chat.refuse()
+        said = await _read_messages(chat.messages)
+        received = time.perf_counter() - request.scope["received_at"]
+        if chat.model == "ergo-raw" or not any(isinstance(part, bytes) for message in said for part in message.parts):
+            conversation = await asyncio.to_thread(_as_given, said, service.max_pixels)
+            return await _raw(request, service, chat, conversation)
+        task = _task(service, chat, said)
+        reply = _Reply(chat, task.question, received)
+        if chat.stream:
+            return await event_stream(request, _chunked(service.pipeline(chat.model).stream(task), reply), str, _failed)
+        result = await unless_gone(request, service.pipeline(chat.model).answer(task))
+        return JSONResponse(reply.completion(result))
+
+    @routes.get("/v1/models", summary="OpenAI model list")
+    async def models() -> dict[str, Any]:
+        """List the model names."""
+        return {"object": "list", "data": [_model(name, service) for name in MODELS]}
+
+    @routes.get("/v1/models/{model_id}", responses={404: {"model": ErrorEnvelope}}, summary="One model")
+    async def model(model_id: str) -> dict[str, Any]:
+        """Describe one model name."""
+        if model_id not in MODELS:
+            raise UnknownModel(f"there is no model {model_id[:64]!r} here", param="model")
+        return _model(model_id, service)
+
+    return routes
+
+
+def _model(name: str, service: Service) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "ergo-vqa"}
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
+
+
+async def _read_messages(messages: Sequence[dict[str, Any]]) -> list[_Said]:
+    said = []
+    for number, message in enumerate(messages):
+        where = f"messages.{number}"
+        role = message.get("role")
+        if not isinstance(role, str) or role not in _ROLES:
+            raise RequestError(f"{where}.role: must be one of {', '.join(_ROLES)}", param=f"{where}.role")
+        content = message.get("content")
+        parts = [content] if isinstance(content, str) else [] if content is None else content
+        if not isinstance(parts, list):
+            raise RequestError(f"{where}.content: must be text or a list of parts", param=f"{where}.content")
+        said.append(_Said(_ROLES[role], tuple([await _read_part(part, f"{where}.content.{i}") for i, part in enumerate(parts)])))
+    if said[-1].role != "user":
+        raise RequestError("messages: the last one must be the user's", param="messages")
+    if sum(isinstance(part, bytes) for message in said for part in message.parts) > MAX_IMAGES:
+        raise RequestError(f"messages: at most {MAX_IMAGES} images", param="messages")
+    if sum(len(message.text) for message in said) > 8 * MAX_TEXT:
+        raise RequestError(f"messages: at most {8 * MAX_TEXT} characters of text", param="messages")
+    return said
+
+
+async def _read_part(part: object, where: str) -> str | bytes:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict):
+        match part.get("type"):
+            case "text" if isinstance(part.get("text"), str):
+                return str(part["text"])
+            case "image_url":
+                image = part.get("image_url")
+                return await image_bytes(image.get("url") if isinstance(image, dict) else image)
+    raise RequestError(f"{where}: must be a text or an image_url part", param=where)
+
+
+def _task(service: Service, chat: ChatRequest, said: Sequence[_Said]) -> Task:
+    """Find the image to zoom into, the question, and what was said before."""
+    *before, last = said
+    question = split_choices(last.text)
+    if not question.text:
+        raise RequestError("messages: the last one asks no question", param="messages")
+    images = [
+        (number, i, part)
+        for number, message in enumerate(said)
+        if message.role == "user"
+        for i, part in enumerate(message.parts)
+        if isinstance(part, bytes)
+    ]
+    if not images:
+        raise RequestError("messages: an image must be in a message of the user", param="messages")
+    newest, index, image = images[-1]
+    context = []
+    for number, message in enumerate(before):
+        kept = tuple(part for i, part in enumerate(message.parts) if (number, i) != (newest, index))
+        if kept:
+            context.append(ContextMessage(message.role, kept))
+    aside = tuple(part for i, part in enumerate(last.parts) if isinstance(part, bytes) and (len(before), i) != (newest, index))
+    if aside:
+        context.append(ContextMessage("user", aside))
+    return Task(
+        image=image,
+        question=question,
+        budget=service.budget(chat.ergo.max_visual_tokens),
+        zoom="never" if chat.model == "ergo-single" else chat.ergo.zoom,
+        max_tokens=chat.limit,
+        temperature=chat.temperature or 0.0,
+        top_p=chat.top_p or 1.0,
+        seed=chat.seed,
+        context=tuple(context),
+    )
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """Puts a result into OpenAI's form."""
+
+    chat: ChatRequest
+    question: Question
+    received: float
+    """Seconds it took to read the body."""
+
+    @property
+    def late(self) -> bool:
+        """The content is known only when the answer is complete: it is a letter, or it ends at a stop string."""
+        return bool(self.question.choices or self.chat.stops)
+
+    def content(self, result: Result) -> str:
+        """Return the visible answer: the bare letter where there are choices and one was meant."""
+        text = self.question.labels[result.choice] if result.choice is not None else result.answer.text
+        ends = [at for stop in self.chat.stops if (at := text.find(stop)) >= 0]
+        return text[: min(ends)] if ends else text
+
+    def completion(self, result: Result) -> dict[str, Any]:
+        """Return a whole completion."""
+        message = {"role": "assistant", "content": self.content(result), "refusal": None, **_reasoning(result.answer.reasoning)}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "length" if result.truncated else "stop"}
+        return {
+            "id": f"chatcmpl-{result.id}",
+            "object": "chat.completion",
+            "created": result.created,
+            "model": self.chat.model,
+            "choices": [choice],
+            "usage": _usage(result),
+            "system_fingerprint": None,
+            "service_tier": None,
+            "ergo": self.ergo(result),
+        }
+
+    def ergo(self, result: Result) -> dict[str, Any]:
+        """Return what OpenAI's form has no place for."""
+        region = RegionInfo.of(result.region, result.header, crop="crop" in self.chat.ergo.include)
+        return {
+            "regions": [region.model_dump(mode="json")],
+            "visual_tokens": VisualTokensInfo.of(result.visual_tokens).model_dump(mode="json"),
+            "turns": [TurnUsage.of(turn).model_dump(mode="json") for turn in result.turns],
+            "timings": Timings.of(result.timings, self.received).model_dump(mode="json"),
+        }
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    return {"reasoning": text, "reasoning_content": text} if text else {}
+
+
+def _usage(result: Result) -> dict[str, Any]:
+    usage = UsageInfo.of(result).model_dump(mode="json", exclude={"turns"})
+    details = usage["prompt_tokens_details"]
+    details |= {"text_tokens": usage["prompt_tokens"] - details["image_tokens"], "audio_tokens": 0}
+    return usage
+
+
+@dataclass(slots=True)
+class _Chunks:
+    """Makes the chunks of one streamed completion: the same id, time and model in each, the role in the first."""
+
+    id: str
+    created: int
+    model: str
+    with_usage: bool
+    first: bool = True
+
+    def delta(self, delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> str:
+        """Return a chunk with a choice."""
+        if self.first:
+            delta = {"role": "assistant", **delta}
+            self.first = False
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return self._chunk([choice], **({"usage": None} if self.with_usage else {}), **more)
+
+    def usage(self, usage: dict[str, Any]) -> str:
+        """Return the chunk of the usage, if it was asked for."""
+        return self._chunk([], usage=usage) if self.with_usage else ""
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model}
+        return sse({**head, "choices": choices, **more})
+
+
+def _new_chunks(chat: ChatRequest) -> _Chunks:
+    wanted = chat.stream_options is not None and chat.stream_options.include_usage
+    return _Chunks(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), chat.model, wanted)
+
+
+async def _chunked(events: AsyncGenerator[Event, None], reply: _Reply) -> AsyncGenerator[str, None]:
+    """Turn the pipeline's events into chunks."""
+    chunks = _new_chunks(reply.chat)
+    try:
+        async for event in events:
+            match event:
+                case ReasoningDelta(text=text) if text:
+                    yield chunks.delta(_reasoning(text))
+                case AnswerDelta(text=text) if text and not reply.late:
+                    yield chunks.delta({"content": text})
+                case Done(result=result):
+                    if reply.late:
+                        yield chunks.delta({"content": reply.content(result)})
+                    reason = "length" if result.truncated else "stop"
+                    yield chunks.delta({} if not chunks.first else {"content": ""}, reason, ergo=reply.ergo(result))
+                    yield chunks.usage(_usage(result)) + "data: [DONE]\n\n"
+                case RegionFound() | ReasoningDelta() | AnswerDelta():
+                    pass
+    finally:
+        await events.aclose()
+
+
+def _failed(error: ErgoError) -> str:
+    return sse(envelope(error)) + "data: [DONE]\n\n"
+
+
+# --- the engine as it is ------------------------------------------------------------------------------------------------
+
+
+def _as_given(said: Sequence[_Said], max_pixels: int) -> Conversation:
+    """Pass a conversation on unchanged in meaning: every image as its own bytes, after its header was checked."""
+    conversation = Conversation()
+    for message in said:
+        parts: list[str | View] = []
+        for part in message.parts:
+            if isinstance(part, bytes):
+                header = read_header(part, max_pixels=max_pixels)
+                parts.append(View(part, smart_resize(header.size), header.format))
+            else:
+                parts.append(part)
+        conversation = conversation.say(message.role, *parts)
+    return conversation
+
+
+async def _raw(request: Request, service: Service, chat: ChatRequest, conversation: Conversation) -> Response:
+    """One turn on the engine, its reply as it is."""
+    limit = min(chat.limit or TURN_TOKENS, 8 * TURN_TOKENS)
+    sampling = Sampling(limit, chat.temperature or 0.0, chat.top_p or 1.0, chat.seed, chat.stops)
+    pieces = service.zooming.converse(conversation, sampling)
+    chunks = _new_chunks(chat)
+    if chat.stream:
+
+        async def lines() -> AsyncGenerator[str, None]:
+            async for piece in pieces:
+                if isinstance(piece, Delta):
+                    yield chunks.delta({"content": piece.text})
+                else:
+                    yield chunks.delta({} if not chunks.first else {"content": ""}, piece.finish_reason)
+                    yield chunks.usage(_raw_usage(piece.usage)) + "data: [DONE]\n\n"
+
+        return await event_stream(request, lines(), str, _failed)
+
+    async def whole() -> Generation:
+        async for piece in pieces:
+            if isinstance(piece, Generation):
+                return piece
+        raise AssertionError("an engine ends with a Generation")
+
+    generation = await unless_gone(request, whole())
+    message = {"role": "assistant", "content": generation.text, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": generation.finish_reason}
+    return JSONResponse(
+        {
+            "id": chunks.id,
+            "object": "chat.completion",
+            "created": chunks.created,
+            "model": chunks.model,
+            "choices": [choice],
+            "usage": _raw_usage(generation.usage),
+            "system_fingerprint": None,
+            "service_tier": None,
+        }
+    )
+
+
+def _raw_usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens or 0, "image_tokens": usage.image_tokens or 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }

@@ -1,0 +1,68 @@
+"""Any error becomes the one envelope: ``{"error": {"message", "type", "param", "code"}}`` with its status."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from ergo_server.errors import ErgoError, MethodNotAllowed, NotFound, RequestError
+
+log = logging.getLogger("ergo_server")
+
+
+def envelope(error: ErgoError) -> dict[str, Any]:
+    """Return the body for an error."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def respond(error: ErgoError, request: Request) -> JSONResponse:
+    """Return the response for an error."""
+    headers = {"x-request-id": str(request.scope.get("request_id", ""))}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    return JSONResponse(envelope(error), status_code=error.status, headers=headers)
+
+
+def from_validation(errors: RequestValidationError | ValidationError) -> RequestError:
+    """Name the first field that is wrong. The value is not repeated: it may be the image."""
+    first = errors.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
+    message = first["msg"].removeprefix("Value error, ")
+    return RequestError(f"{where}: {message}" if where else message, param=where or None)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of ``app`` with the envelope, those of the framework included."""
+
+    @app.exception_handler(ErgoError)
+    async def ours(request: Request, error: ErgoError) -> JSONResponse:
+        return respond(error, request)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return respond(from_validation(error), request)
+
+    @app.exception_handler(HTTPException)
+    async def framework(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 404:
+            return respond(NotFound(f"there is no {request.url.path}"), request)
+        if error.status_code == 405:
+            response = respond(MethodNotAllowed(f"{request.url.path} does not answer {request.method}"), request)
+            response.headers.update(error.headers or {})
+            return response
+        translated = RequestError(str(error.detail))
+        response = respond(translated, request)
+        response.status_code = error.status_code
+        return response
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+        # The text of an unforeseen exception may quote the request; only its kind is for the log, nothing for the caller.
+        log.error("unforeseen %s in %s", type(error).__name__, request.scope.get("request_id"))
+        return respond(ErgoError("the server made a mistake; the request id names it in its log"), request)

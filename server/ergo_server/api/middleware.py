@@ -1,0 +1,86 @@
+"""What wraps every request: its id, the limit on its body, its count and time."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ergo_server.api.errors import respond
+from ergo_server.errors import BodyTooLarge, RequestError
+from ergo_server.telemetry.metrics import Metrics
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+PROBES = frozenset({"/metrics", "/healthz", "/health", "/readyz"})
+"""Asked every few seconds by machines; left out of the request metrics, which are about people's requests."""
+
+
+class Observe:
+    """Gives each request an id, limits its body, and counts it.
+
+    Args:
+        app: what is wrapped.
+        metrics: where requests are counted.
+        max_body_bytes: longest body; a longer one is refused, from its Content-Length before it is read.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope["request_id"] = request_id
+        scope["received_at"] = started = time.perf_counter()
+        status = 500
+        watched = scope["path"] not in PROBES
+
+        async def labelled(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                named = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]
+                message["headers"] = [*named, (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        if watched:
+            self.metrics.in_flight.inc()
+        try:
+            length = headers.get(b"content-length", b"0")
+            if not length.isdigit():
+                await respond(RequestError("Content-Length is not a number"), Request(scope))(scope, receive, labelled)
+            elif int(length) > self.max_body_bytes:
+                await respond(self._too_large(), Request(scope))(scope, receive, labelled)
+            else:
+                await self.app(scope, self._limited(receive), labelled)
+        finally:
+            if watched:
+                self.metrics.in_flight.dec()
+                route = getattr(scope.get("route"), "path", "other")
+                self.metrics.observe_http(route, scope["method"], status, time.perf_counter() - started)
+
+    def _limited(self, receive: Receive) -> Receive:
+        read = 0
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return limited
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the body is longer than {self.max_body_bytes:,} bytes")

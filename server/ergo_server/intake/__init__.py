@@ -1,0 +1,1 @@
+"""Bytes in: request bodies, and the images in them."""

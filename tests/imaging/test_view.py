@@ -1,0 +1,148 @@
+"""Views: what the model sees."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+
+import pytest
+from ergo_server.imaging.decode import DecodedImage, ImageHeader, decode_image
+from ergo_server.imaging.geometry import Box, PixelBudget, Size
+from ergo_server.imaging.view import View, crop, overview
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> DecodedImage:
+    """Return a decoded image of noise, in which any resampling or loss shows."""
+    pixels = Image.merge("RGB", [Image.effect_noise((width, height), 90) for _ in "rgb"]).convert(mode)
+    return DecodedImage(ImageHeader(Size(width, height), "png", 1), pixels, None)
+
+
+def opened(view: View) -> Image.Image:
+    """Return the image in a view's file."""
+    return Image.open(io.BytesIO(view.data), formats=["PNG"])
+
+
+def srgb_profile() -> bytes:
+    """Return the profile that most photographs carry, stamped with the second it was made in."""
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def swapped_primaries() -> bytes:
+    """Return an RGB profile whose red is green and whose green is red."""
+    return srgb_profile().replace(b"rXYZ", b"----").replace(b"gXYZ", b"rXYZ").replace(b"----", b"gXYZ")
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(4, 64))
+@settings(deadline=None, max_examples=50)
+def test_a_view_has_the_size_that_the_budget_gives(width: int, height: int, tokens: int) -> None:
+    """Overview and whole crop are PNG in RGB, of the budget's size, whose tokens they count."""
+    image, budget = noise(width, height), PixelBudget(tokens) if max(width, height) <= 200 * min(width, height) else None
+    if budget is None:
+        return
+    for view in (overview(image, budget), crop(image, Box.whole(image.header.size), budget)):
+        assert view.size == opened(view).size == budget.view_size(image.header.size)
+        assert (opened(view).mode, view.format) == ("RGB", "png")
+        assert view.visual_tokens == view.size.area // 784 <= tokens
+
+
+def test_an_overview_is_resized_bicubically() -> None:
+    """The overview's pixels are those of Pillow's bicubic filter, lossless."""
+    image, budget = noise(300, 200), PixelBudget(16)
+    wanted = image.pixels.resize(budget.view_size(Size(300, 200)), Image.Resampling.BICUBIC)
+    assert opened(overview(image, budget)).tobytes() == wanted.tobytes()
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=50)
+def test_a_crop_is_pillows_crop_resized_with_lanczos(data: st.DataObject) -> None:
+    """A crop's pixels are those of Pillow's own crop and Lanczos filter, lossless."""
+    image, budget = noise(230, 170), PixelBudget(data.draw(st.integers(8, 32)))
+    x1, y1 = data.draw(st.integers(0, 228)), data.draw(st.integers(0, 168))
+    region = Box(x1, y1, data.draw(st.integers(x1 + 2, 230)), data.draw(st.integers(y1 + 2, 170)))
+    view = crop(image, region, budget)
+    wanted = image.pixels.crop(region.edges).resize(budget.view_size(region.size), Image.Resampling.LANCZOS)
+    assert opened(view).tobytes() == wanted.tobytes()
+
+
+@given(st.integers(1, 200), st.integers(1, 200))
+@settings(deadline=None, max_examples=50)
+def test_a_crop_is_not_enlarged(width: int, height: int) -> None:
+    """A crop is less than one token larger than its region, except for the processor's minimum of four tokens."""
+    view = crop(noise(200, 200), Box(0, 0, width, height), PixelBudget(640))
+    assert view.visual_tokens <= 16 if width * height < 56 * 56 else all(
+        seen < side + 28 for seen, side in zip(view.size, (width, height), strict=True)
+    )
+
+
+def test_a_view_at_its_own_size_keeps_every_pixel() -> None:
+    """A region whose sides are multiples of 28 and that fits the budget is shown exactly as it is."""
+    image = noise(280, 280)
+    region = Box(10, 20, 10 + 140, 20 + 84)
+    assert opened(crop(image, region, PixelBudget(640))).tobytes() == image.pixels.crop(region.edges).tobytes()
+
+
+@pytest.mark.parametrize("region", [Box(0, 0, 101, 50), Box(0, 0, 50, 101), Box(100, 0, 110, 10), Box(200, 200, 300, 300)])
+def test_a_region_outside_the_image_is_refused(region: Box) -> None:
+    """A region that is not wholly inside raises, as Pillow would fill the rest with black."""
+    with pytest.raises(ValueError, match="is not inside the image"):
+        crop(noise(100, 100), region, PixelBudget(16))
+
+
+def test_a_reduced_image_cannot_be_cropped() -> None:
+    """A crop from an image decoded at reduced size raises: it would lack the very detail it is for."""
+    image = DecodedImage(ImageHeader(Size(200, 200), "jpeg", 1), Image.new("RGB", (100, 100)), None)
+    with pytest.raises(ValueError, match="full size"):
+        crop(image, Box(0, 0, 50, 50), PixelBudget(16))
+
+
+def test_a_region_too_long_for_the_engine_is_refused() -> None:
+    """A region above 200 : 1 raises."""
+    with pytest.raises(ValueError, match="aspect ratio"):
+        crop(noise(402, 10), Box(0, 0, 402, 2), PixelBudget(16))
+
+
+def test_the_bytes_of_a_view_are_the_same_a_second_later() -> None:
+    """Decoding and viewing a file again gives the same bytes, which is what the engine's caches are keyed by."""
+    with io.BytesIO() as file:
+        noise(120, 90).pixels.save(file, "PNG", icc_profile=srgb_profile())
+        data = file.getvalue()
+    first = overview(decode_image(data), PixelBudget(8))
+    time.sleep(1.01)  # a profile embedded by Pillow is stamped with the second
+    assert overview(decode_image(data), PixelBudget(8)) == first
+
+
+@pytest.mark.parametrize("profile", [None, srgb_profile(), b"rubbish"])
+def test_a_view_carries_no_metadata(profile: bytes | None) -> None:
+    """No profile, EXIF block or text of the file reaches the engine."""
+    with io.BytesIO() as file:
+        noise(56, 56).pixels.save(file, "JPEG", icc_profile=profile, exif=Image.Exif().tobytes(), comment=b"secret")
+        image = decode_image(file.getvalue())
+    assert opened(overview(image, PixelBudget(4))).info == {}
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_every_decoded_mode_has_a_view_in_rgb(mode: str) -> None:
+    """Grey, RGB and CMYK pixels are all sent as RGB."""
+    view = overview(noise(64, 64, mode), PixelBudget(4))
+    assert opened(view).mode == "RGB"
+
+
+def test_colours_are_converted_to_srgb() -> None:
+    """Overview and crop of a red image with swapped primaries are green."""
+    pixels = Image.new("RGB", (56, 56), "red")
+    image = DecodedImage(ImageHeader(Size(56, 56), "png", 1), pixels, swapped_primaries())
+    for view in (overview(image, PixelBudget(4)), crop(image, Box(0, 0, 30, 30), PixelBudget(4))):
+        red, green, blue = opened(view).convert("RGB").split()
+        assert (red.getextrema()[1], green.getextrema()[0], blue.getextrema()[1]) == (0, 255, 0)
+
+
+@given(st.binary(max_size=100), st.sampled_from(["png", "jpeg", "webp"]))
+def test_a_data_url_holds_the_very_bytes(data: bytes, kind: str) -> None:
+    """The data URL names the format and decodes to the view's bytes."""
+    head, _, body = View(data, Size(28, 28), kind).data_url.partition(",")
+    assert head == f"data:image/{kind};base64"
+    assert base64.b64decode(body, validate=True) == data

@@ -1,0 +1,137 @@
+"""Parts that several tests need: servers in threads and processes, scenes as files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import ergo_mini
+import httpx2
+import uvicorn
+from ergo_server.api.app import create_app
+from ergo_server.engine.base import Engine
+from ergo_server.settings import Settings
+from ergo_train.scenes import HELD_OUT, Scene, scene
+from fastapi import FastAPI
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ergo_mini.FOLDER / "checkpoint"
+PROMPTS = ergo_mini.FOLDER / "prompts.toml"
+VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
+
+START_SECONDS = 240
+"""Patience with a part that starts; a shared machine can be many times slower than an idle one."""
+
+
+def held_out(number: int, *, size: tuple[int, int] | None = None) -> Scene:
+    """Return a scene that training never draws."""
+    return scene(HELD_OUT + number, size=size)
+
+
+def encode(made: Scene, form: str = "JPEG") -> bytes:
+    """Return a scene as a file."""
+    with io.BytesIO() as file:
+        made.image.save(file, form, quality=92)
+        return file.getvalue()
+
+
+def mini_settings(**given: object) -> Settings:
+    """Return settings for ergo-mini on any engine, whatever the environment says."""
+    return Settings(**{"prompts": PROMPTS, "port": 0, **given})  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """Serve an app on a free port of loopback, in a thread; yields its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        wait_until(lambda: server.started or not thread.is_alive(), "the server has started")
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
+def wait_until(condition: object, what: str, seconds: float = START_SECONDS) -> None:
+    """Wait until ``condition()`` is true, or fail saying what did not happen."""
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        if time.monotonic() > end:
+            raise TimeoutError(f"not so within {seconds:g} s: {what}")
+        time.sleep(0.05)
+
+
+def answers(url: str) -> bool:
+    """Say whether a GET of ``url`` is answered with 200."""
+    try:
+        return httpx2.get(url, timeout=5, trust_env=False).status_code == 200
+    except httpx2.HTTPError:
+        return False
+
+
+@contextlib.contextmanager
+def gateway(engine: Engine | None = None, **given: object) -> Iterator[str]:
+    """Serve the gateway for ergo-mini; yields its URL once it is ready."""
+    with served(create_app(mini_settings(**given), engine)) as url:
+        wait_until(lambda: answers(f"{url}/readyz"), "the gateway is ready")
+        yield url
+
+
+def free_port() -> int:
+    """Return a port of loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start_vllm(port: int, log: Path, *more: str) -> subprocess.Popen[bytes]:
+    """Start real vLLM with ergo-mini on loopback; wait for ``/health`` with `wait_until`."""
+    command = [
+        str(VLLM),
+        "serve",
+        str(CHECKPOINT),
+        "--served-model-name",
+        "ergo-mini",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    command += ["--dtype", "float32", "--max-model-len", "4096", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "8"]
+    command += ["--kv-cache-memory-bytes", "64M", "--limit-mm-per-prompt", '{"image":8,"video":0}']
+    command += ["--mm-processor-cache-gb", "0.25", "--enable-prompt-tokens-details", "--uvicorn-log-level", "warning"]
+    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as out:
+        return subprocess.Popen([*command, *more], env=os.environ | quiet, stdout=out, stderr=out, start_new_session=True)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it started."""
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+def why_no_vllm() -> str | None:
+    """Say why real vLLM cannot be run here, or None."""
+    if VLLM.exists():
+        return None
+    where = f"{sys.platform}, Python {sys.version_info.major}.{sys.version_info.minor}"
+    return f"vLLM for CPU is not installed in {VLLM.parents[1].name} ({where}); `make test` installs it where its wheel runs"
