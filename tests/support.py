@@ -13,14 +13,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import ergo_mini
 import httpx2
 import uvicorn
+from fastapi import FastAPI
+
+import ergo_mini
 from ergo_server.api.app import create_app
 from ergo_server.engine.base import Engine
 from ergo_server.settings import Settings
 from ergo_train.scenes import HELD_OUT, Scene, scene
-from fastapi import FastAPI
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ergo_mini.FOLDER / "checkpoint"
@@ -83,9 +84,9 @@ def answers(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def gateway(engine: Engine | None = None, **given: object) -> Iterator[str]:
-    """Serve the gateway for ergo-mini; yields its URL once it is ready."""
-    with served(create_app(mini_settings(**given), engine)) as url:
+def gateway(instead: Engine | None = None, **given: object) -> Iterator[str]:
+    """Serve the gateway for ergo-mini, on another engine than the settings name if one is given; yields its URL once ready."""
+    with served(create_app(mini_settings(**given), instead)) as url:
         wait_until(lambda: answers(f"{url}/readyz"), "the gateway is ready")
         yield url
 

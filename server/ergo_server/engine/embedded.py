@@ -144,7 +144,7 @@ class _Model:
         from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # it would write to the terminal of a server
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # it would write to the terminal of a server
         if threads:
             torch.set_num_threads(threads)
         if device == "auto":

@@ -23,7 +23,7 @@ HIT_RATIOS = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
 
 POLICIES = ("ergo", "single")
 
-disable_created_metrics()  # a second series of each counter, holding its birthday, which no query here uses
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series of each counter, holding its birthday, which no query here uses
 
 
 def _codes(error: type[errors.ErgoError]) -> Iterable[str]:
