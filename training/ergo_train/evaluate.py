@@ -1,0 +1,104 @@
+"""Ask a running server about held-out scenes: ``python -m ergo_train.evaluate --url http://127.0.0.1:8000``.
+
+Goes through HTTP like any client, so what it measures is what users get: decode, overview, both turns, parsing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+from ergo_client import Answer, Client
+from ergo_train.scenes import HELD_OUT, Scene, scene
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How one model did. Shares are fractions of the scenes."""
+
+    model: str
+    scenes: int
+    exact: float
+    """Answers that are the code, letter for letter."""
+    well_formed: float
+    """Zoom replies in the very form that was trained; 0 without a zoom turn."""
+    covered: float
+    """Regions that hold the whole plate of the code."""
+    visual_tokens: float
+    """Mean of one question."""
+    of_baseline: float
+    """Visual tokens of all questions by those of the baseline."""
+
+
+def evaluate(url: str, model: str, count: int, *, first: int = 0, jobs: int = 2) -> Score:
+    """Ask ``count`` held-out scenes, as JPEG uploads.
+
+    Raises:
+        RequestFailed: the server answered one of them with an error; nothing is left out of the count.
+    """
+    with Client(url) as client, ThreadPoolExecutor(jobs) as pool:
+
+        def ask(number: int) -> tuple[Scene, Answer]:
+            made = scene(HELD_OUT + number)
+            with io.BytesIO() as file:
+                made.image.save(file, "JPEG", quality=92)
+                return made, client.ask(file.getvalue(), made.question, model=model)
+
+        return score(model, pool.map(ask, range(first, first + count)))
+
+
+def score(model: str, asked: Iterable[tuple[Scene, Answer]]) -> Score:
+    """Sum up answers."""
+    rows = list(asked)
+    count = len(rows)
+    tokens = sum(answer.visual_tokens.total for _, answer in rows)
+    return Score(
+        model=model,
+        scenes=count,
+        exact=sum(answer.text == made.answer for made, answer in rows) / count,
+        well_formed=sum(_well_formed(answer) for _, answer in rows) / count,
+        covered=sum(_covers(answer.box, made.box) and answer.outcome != "skipped" for made, answer in rows) / count,
+        visual_tokens=tokens / count,
+        of_baseline=tokens / sum(answer.visual_tokens.baseline for _, answer in rows),
+    )
+
+
+def _well_formed(answer: Answer) -> bool:
+    return answer.outcome in ("zoomed", "clamped") and not answer.raw["regions"][0]["lenient"]
+
+
+def _covers(outer: Sequence[int], inner: Sequence[int]) -> bool:
+    return outer[0] <= inner[0] and outer[1] <= inner[1] and outer[2] >= inner[2] and outer[3] >= inner[3]
+
+
+def table(scores: Sequence[Score]) -> str:
+    """Return scores as a Markdown table."""
+    lines = ["| model | scenes | exact answers | well-formed zoom | plate in region | visual tokens | of baseline |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for s in scores:
+        shares = f"{s.exact:.1%} | {s.well_formed:.1%} | {s.covered:.1%}"
+        lines.append(f"| {s.model} | {s.scenes} | {shares} | {s.visual_tokens:.1f} | {s.of_baseline:.1%} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", required=True, help="base URL of the server")
+    parser.add_argument("--scenes", type=int, default=500, help="how many held-out scenes (%(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of them (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="questions in flight (%(default)s)")
+    parser.add_argument("--model", action="append", help="may stand several times (ergo and ergo-single)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args()
+    models = args.model or ["ergo", "ergo-single"]
+    scores = [evaluate(args.url, model, args.scenes, first=args.first, jobs=args.jobs) for model in models]
+    print(json.dumps([asdict(s) for s in scores], indent=2) if args.json else table(scores))
+
+
+if __name__ == "__main__":
+    main()
