@@ -77,7 +77,10 @@ def _serve(args: argparse.Namespace) -> int:
     socket = server.config.bind_socket()
     host, port = socket.getsockname()[:2]
     print(_WELCOME.format(url=f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}", engine=settings.engine), flush=True)
-    server.run(sockets=[socket])
+    try:
+        server.run(sockets=[socket])
+    except KeyboardInterrupt:  # raised again by uvicorn once everything is closed
+        print()
     return 0
 
 

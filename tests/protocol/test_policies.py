@@ -27,6 +27,7 @@ from ergo_server.protocol.single import SinglePolicy
 from hypothesis import given
 from hypothesis import strategies as st
 
+Edges = tuple[float, float, float, float]
 IMAGE, OVERVIEW = Size(4000, 2000), View(b"overview", Size(1000, 500))
 WHOLE = (Seen(OVERVIEW, Box.whole(IMAGE)),)
 QUESTION = Question("What colour is it?", ("crimson", "azure"), "Reply with one letter.")
@@ -43,9 +44,9 @@ def texts(policy: Policy, question: Question, reply: str | None = None) -> list[
     return [part for message in users for part in message.parts if isinstance(part, str)]
 
 
-def region(edges: tuple[float, float, float, float], space: Space = Space.SEEN, rule: CropRule = CropRule()) -> Region | Malformed:  # noqa: B008
+def region(edges: Edges, space: Space = Space.SEEN, *, pad: float = 0.0, min_side: int = 1) -> Region | Malformed:
     """Cut a box from the overview."""
-    return cut(Zoom(edges, space), WHOLE, IMAGE, rule)
+    return cut(Zoom(edges, space), WHOLE, IMAGE, CropRule(pad, min_side))
 
 
 # --- ergo ---------------------------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def test_a_single_turn_has_no_next() -> None:
         ((0, 100, 1000, 101), Space.SEEN, Box(0, 392, 4000, 412), False),  # 4000 x 4 pixels, widened to 200 : 1
     ],
 )
-def test_worked_regions(edges: tuple[float, float, float, float], space: Space, box: Box, clamped: bool) -> None:
+def test_worked_regions(edges: Edges, space: Space, box: Box, clamped: bool) -> None:
     """Boxes in all three frames, mapped by hand to an image four times as large as its overview."""
     assert region(edges, space) == Region(box, clamped)
 
@@ -188,7 +189,7 @@ def test_worked_regions(edges: tuple[float, float, float, float], space: Space, 
     ],
 )
 @pytest.mark.parametrize("space", Space)
-def test_worked_refusals(edges: tuple[float, float, float, float], reason: str, space: Space) -> None:
+def test_worked_refusals(edges: Edges, reason: str, space: Space) -> None:
     """Inverted, empty, outside and not-a-number boxes say so, in every frame."""
     scale = {Space.SEEN: (1, 1), Space.UNIT: (1 / 1000, 1 / 500), Space.PER_MILLE: (1, 2)}[space]
     x1, y1, x2, y2 = (edge * scale[i % 2] for i, edge in enumerate(edges))
@@ -235,7 +236,7 @@ def looked_at(draw: st.DrawFn) -> tuple[Size, tuple[Seen, ...]]:
 )
 def test_any_box_is_a_region_that_can_be_sent_or_malformed(
     seen: tuple[Size, tuple[Seen, ...]],
-    edges: tuple[float, float, float, float],
+    edges: Edges,
     space: Space,
     view: int,
     pad: float,
@@ -264,14 +265,14 @@ def test_a_box_in_a_crop_is_mapped_through_the_crop() -> None:
     """A box in the second view is relative to the region that view shows, in every frame."""
     views = (*WHOLE, Seen(View(b"crop", Size(560, 280)), Box(1000, 400, 2120, 960)))
     for zoom in (
-        Zoom((56, 28, 112, 84), Space.SEEN, view=1),
-        Zoom((0.1, 0.1, 0.2, 0.3), Space.UNIT, view=1),
-        Zoom((100, 100, 200, 300), Space.PER_MILLE, view=1),
+        Zoom((70, 70, 280, 210), Space.SEEN, view=1),
+        Zoom((0.125, 0.25, 0.5, 0.75), Space.UNIT, view=1),
+        Zoom((125, 250, 500, 750), Space.PER_MILLE, view=1),
     ):
-        assert cut(zoom, views, IMAGE, CropRule()) == Region(Box(1112, 456, 1224, 568), clamped=False)
+        assert cut(zoom, views, IMAGE, CropRule()) == Region(Box(1140, 540, 1560, 820), clamped=False)
 
 
 def test_a_rule_pads_by_the_image_and_widens_to_its_least_side() -> None:
     """Padding is a fraction of the image's own sides; sides that are too short grow about their middle."""
-    assert region((500, 250, 510, 260), rule=CropRule(pad=0.1)) == Region(Box(1600, 800, 2440, 1240), clamped=False)
-    assert region((500, 250, 510, 260), rule=CropRule(min_side=100)) == Region(Box(1970, 970, 2070, 1070), clamped=False)
+    assert region((500, 250, 510, 260), pad=0.1) == Region(Box(1600, 800, 2440, 1240), clamped=False)
+    assert region((500, 250, 510, 260), min_side=100) == Region(Box(1970, 970, 2070, 1070), clamped=False)

@@ -144,13 +144,15 @@ def test_a_python_file_is_never_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["{question}", "{Question}", "{QUESTION}", "{}", "%s"])
 def test_every_usual_spelling_of_the_field_is_understood(field: str) -> None:
     """Whatever the authors called it, the field becomes the question."""
-    prompts = read_profile(import_prompts(python_file("s", f"{field} z", f"{field} a"), source="x.py"), source="made").prompts
+    made = import_prompts(python_file("s", f"{field} z", f"{field} a"), source="x.py")
+    prompts = read_profile(made, source="made").prompts
     assert (prompts.zoom_user, prompts.answer_user) == ("{question} z", ALL + " a")
 
 
 def test_constants_of_a_toml_file_are_imported() -> None:
     """A file named .toml is read as TOML, where single quotes keep a backslash."""
-    made = import_prompts("a = 's'\nb = '{} \\n'\nc = \"{} \\n\"", source="p.toml", zoom_system="a", zoom_user="b", answer_user="c")
+    text = "a = 's'\nb = '{} \\n'\nc = \"{} \\n\""
+    made = import_prompts(text, source="p.toml", zoom_system="a", zoom_user="b", answer_user="c")
     prompts = read_profile(made, source="made").prompts
     assert (prompts.zoom_user, prompts.answer_user) == ("{question} \\n", ALL + " \n")
 

@@ -160,6 +160,19 @@ class Losses:
         return self.language + 0.5 * self.looking + 0.3 * self.position + 0.5 * self.landmark + self.digit
 
 
+@dataclass(slots=True)
+class Reading:
+    """What a forward pass leaves behind."""
+
+    tokens: Tensor
+    """B·V·SLOTS × hidden: all visual tokens, flat."""
+    hidden: list[Tensor]
+    """B × L × hidden each: the input of every text layer, and the output of the last."""
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+
+
 class Trainee(nn.Module):
     """The network with the heads that help it learn; only ``model`` is kept in the end."""
 
@@ -204,8 +217,8 @@ class Trainee(nn.Module):
         zero = torch.zeros(())
         return Losses(zero, zero, zero, self._landmarks(batch, tokens), digit, digits_right, zero, zero)
 
-    def forward(self, batch: Batch) -> Losses:
-        """Return every loss of the batch."""
+    def read(self, batch: Batch) -> Reading:
+        """Run the whole network over a batch."""
         seen = self.see(batch)
         lm = self.model.model.language_model
         samples = len(batch.ids)
@@ -217,31 +230,32 @@ class Trainee(nn.Module):
         cos, sin = lm.rotary_emb(x, batch.positions)
         cos, sin = cos[:, None], sin[:, None]
         mask = attention_mask(batch.branch)
-        at_position = at_looking = x
-        for number, layer in enumerate(lm.layers):
-            if number == LOOKING_LAYER:
-                at_looking = x
-            x = self.text_layer(layer, x, cos, sin, mask, self.heads)
-            if number == POSITION_LAYER - 1:
-                at_position = x
-        language, codes_right = self._language(batch, x)
-        looking, looks_right = self._looking(batch, at_looking, cos, sin, mask)
-        digit, digits_right = self._digits(batch, tokens)
+        hidden = [x]
+        for layer in lm.layers:
+            hidden.append(self.text_layer(layer, hidden[-1], cos, sin, mask, self.heads))
+        return Reading(tokens, hidden, cos, sin, mask)
+
+    def forward(self, batch: Batch) -> Losses:
+        """Return every loss of the batch."""
+        reading = self.read(batch)
+        language, codes_right = self._language(batch, reading)
+        looking, looks_right = self._looking(batch, reading)
+        digit, digits_right = self._digits(batch, reading.tokens)
         return Losses(
             language=language,
             looking=looking,
-            position=self._position(batch, at_position, visual),
-            landmark=self._landmarks(batch, tokens),
+            position=self._position(batch, reading),
+            landmark=self._landmarks(batch, reading.tokens),
             digit=digit,
             digits_right=digits_right,
             codes_right=codes_right,
             looks_right=looks_right,
         )
 
-    def _language(self, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _language(self, batch: Batch, reading: Reading) -> tuple[Tensor, Tensor]:
         weights = batch.weights[:, 1:]
         wanted = weights > 0
-        hidden = self.model.model.language_model.norm(x[:, :-1][wanted])
+        hidden = self.model.model.language_model.norm(reading.hidden[-1][:, :-1][wanted])
         logits = self.model.lm_head(hidden)
         targets, weights = batch.ids[:, 1:][wanted], weights[wanted]
         losses = functional.cross_entropy(logits, targets, reduction="none")
@@ -249,11 +263,12 @@ class Trainee(nn.Module):
         right = (logits.argmax(-1) == targets)[digits].float().mean()
         return (losses * weights).sum() / weights.sum(), right
 
-    def _looking(self, batch: Batch, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of two heads' attention against the visual token to look at, among the visible visual tokens."""
+    def _looking(self, batch: Batch, reading: Reading) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of two heads' attention against the visual token to look at, among all that is visible."""
         layer = self.model.model.language_model.layers[LOOKING_LAYER]
         sample, head, here, there = batch.looks.unbind(-1)
-        h = layer.input_layernorm(x)
+        h = layer.input_layernorm(reading.hidden[LOOKING_LAYER])
+        cos, sin = reading.cos, reading.sin
         samples, length, width = h.shape
         size = width // self.heads
         query = layer.self_attn.q_proj(h[sample, here]).view(-1, self.heads, size)[torch.arange(len(head)), head]
@@ -261,12 +276,12 @@ class Trainee(nn.Module):
         key = rotate(key, cos, sin)[sample, head]
         query = rotate(query, cos[sample, 0, here], sin[sample, 0, here])
         scores = (key @ query[..., None])[..., 0] * size**-0.5
-        open_to = mask[sample, 0, here]  # over all visible tokens: looking must not be shared with text either
-        scores = scores.masked_fill(~open_to, -torch.inf)
+        scores = scores.masked_fill(~reading.mask[sample, 0, here], -torch.inf)
         return functional.cross_entropy(scores, there), (scores.argmax(-1) == there).float().mean()
 
-    def _position(self, batch: Batch, x: Tensor, visual: Tensor) -> Tensor:
-        rows_columns = self.position_head(x[visual]).view(-1, 2, MAX_GRID)
+    def _position(self, batch: Batch, reading: Reading) -> Tensor:
+        visual = batch.slots >= 0
+        rows_columns = self.position_head(reading.hidden[POSITION_LAYER][visual]).view(-1, 2, MAX_GRID)
         places = batch.positions[:, visual]
         wanted = torch.stack([places[1] - places[0], places[2] - places[0]], 1)
         return functional.cross_entropy(rows_columns.flatten(0, 1), wanted.flatten())

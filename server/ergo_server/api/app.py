@@ -84,7 +84,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         max_pixels=settings.max_pixels,
         listeners=(metrics.observe,),
     )
-    service = Service(engine, pipeline, default, largest, settings.max_pixels, int(time.time()))
+    service = Service(engine, pipeline, default, largest, settings.max_pixels, int(time.time()), metrics.refuse)
     app.include_router(vqa.router(service))
     app.include_router(chat.router(service))
     _add_probes(app, engine, metrics)

@@ -13,6 +13,7 @@ The newest image of the user is the one that is zoomed into; all others ride alo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -152,19 +153,15 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions", responses=failures, openapi_extra=extra, summary="OpenAI chat completions")
     async def completions(request: Request) -> Response:
         """Answer as OpenAI's chat completions do. `ergo` zooms, `ergo-single` does not, `ergo-raw` is the engine as it is."""
-        try:
-            chat = ChatRequest.model_validate(await read_json(request))
-        except ValidationError as error:
-            raise from_validation(error) from error
-        if chat.model not in MODELS:
-            raise UnknownModel(f"there is no model {chat.model[:64]!r} here; there are {', '.join(MODELS)}", param="model")
-        chat.refuse()
-        said = await _read_messages(chat.messages)
-        received = time.perf_counter() - request.scope["received_at"]
-        if chat.model == "ergo-raw" or not any(isinstance(part, bytes) for message in said for part in message.parts):
-            conversation = await asyncio.to_thread(_as_given, said, service.max_pixels)
-            return await _raw(request, service, chat, conversation)
-        task = _task(service, chat, said)
+        with service.accepting():
+            chat = await _read_chat(request)
+            said = await _read_messages(chat.messages)
+            received = time.perf_counter() - request.scope["received_at"]
+            raw = chat.model == "ergo-raw" or not any(isinstance(part, bytes) for message in said for part in message.parts)
+            asked = await asyncio.to_thread(_as_given, said, service.max_pixels) if raw else _task(service, chat, said)
+        if isinstance(asked, Conversation):
+            return await _raw(request, service, chat, asked)
+        task = asked
         reply = _Reply(chat, task.question, received)
         if chat.stream:
             return await event_stream(request, _chunked(service.pipeline(chat.model).stream(task), reply), str, _failed)
@@ -193,6 +190,17 @@ def _model(name: str, service: Service) -> dict[str, Any]:
 # --- reading ------------------------------------------------------------------------------------------------------------
 
 
+async def _read_chat(request: Request) -> ChatRequest:
+    try:
+        chat = ChatRequest.model_validate(await read_json(request))
+    except ValidationError as error:
+        raise from_validation(error) from error
+    if chat.model not in MODELS:
+        raise UnknownModel(f"there is no model {chat.model[:64]!r} here; there are {', '.join(MODELS)}", param="model")
+    chat.refuse()
+    return chat
+
+
 async def _read_messages(messages: Sequence[dict[str, Any]]) -> list[_Said]:
     said = []
     for number, message in enumerate(messages):
@@ -216,15 +224,22 @@ async def _read_messages(messages: Sequence[dict[str, Any]]) -> list[_Said]:
 
 async def _read_part(part: object, where: str) -> str | bytes:
     if isinstance(part, str):
-        return part
+        return _text(part, where)
     if isinstance(part, dict):
         match part.get("type"):
             case "text" if isinstance(part.get("text"), str):
-                return str(part["text"])
+                return _text(part["text"], where)
             case "image_url":
                 image = part.get("image_url")
                 return await image_bytes(image.get("url") if isinstance(image, dict) else image)
     raise RequestError(f"{where}: must be a text or an image_url part", param=where)
+
+
+def _text(text: str, where: str) -> str:
+    """Refuse half of a surrogate pair, which JSON can spell and no tokenizer can read."""
+    if text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text):
+        return text
+    raise RequestError(f"{where}: is not Unicode text", param=where)
 
 
 def _task(service: Service, chat: ChatRequest, said: Sequence[_Said]) -> Task:
@@ -410,19 +425,21 @@ async def _raw(request: Request, service: Service, chat: ChatRequest, conversati
     if chat.stream:
 
         async def lines() -> AsyncGenerator[str, None]:
-            async for piece in pieces:
-                if isinstance(piece, Delta):
-                    yield chunks.delta({"content": piece.text})
-                else:
-                    yield chunks.delta({} if not chunks.first else {"content": ""}, piece.finish_reason)
-                    yield chunks.usage(_raw_usage(piece.usage)) + "data: [DONE]\n\n"
+            async with contextlib.aclosing(pieces):
+                async for piece in pieces:
+                    if isinstance(piece, Delta):
+                        yield chunks.delta({"content": piece.text})
+                    else:
+                        yield chunks.delta({} if not chunks.first else {"content": ""}, piece.finish_reason)
+                        yield chunks.usage(_raw_usage(piece.usage)) + "data: [DONE]\n\n"
 
         return await event_stream(request, lines(), str, _failed)
 
     async def whole() -> Generation:
-        async for piece in pieces:
-            if isinstance(piece, Generation):
-                return piece
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                if isinstance(piece, Generation):
+                    return piece
         raise AssertionError("an engine ends with a Generation")
 
     generation = await unless_gone(request, whole())

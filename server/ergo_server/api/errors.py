@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from ergo_server.errors import ErgoError, MethodNotAllowed, NotFound, RequestError
 
@@ -32,13 +34,24 @@ def respond(error: ErgoError, request: Request) -> JSONResponse:
 def from_validation(errors: RequestValidationError | ValidationError) -> RequestError:
     """Name the first field that is wrong. The value is not repeated: it may be the image."""
     first = errors.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query"))
+    where = ".".join(str(part)[:64] for part in first["loc"] if part not in ("body", "query"))
     message = first["msg"].removeprefix("Value error, ")
     return RequestError(f"{where}: {message}" if where else message, param=where or None)
 
 
+def unforeseen(error: Exception, scope: Scope) -> ErgoError:
+    """Log a mistake of ours, and return what the caller is told of it.
+
+    The text of such an exception may quote the request: only its kind and its place are for the log, nothing for the caller.
+    """
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{place.filename}:{place.lineno}"
+    log.error("unforeseen %s at %s in request %s", type(error).__name__, where, scope.get("request_id"))
+    return ErgoError("the server made a mistake; the request id names it in its log")
+
+
 def install(app: FastAPI) -> None:
-    """Answer every error of ``app`` with the envelope, those of the framework included."""
+    """Answer every error of ``app`` with the envelope, those of the framework included; `Observe` sees to the unforeseen ones."""
 
     @app.exception_handler(ErgoError)
     async def ours(request: Request, error: ErgoError) -> JSONResponse:
@@ -60,9 +73,3 @@ def install(app: FastAPI) -> None:
         response = respond(translated, request)
         response.status_code = error.status_code
         return response
-
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        # The text of an unforeseen exception may quote the request; only its kind is for the log, nothing for the caller.
-        log.error("unforeseen %s in %s", type(error).__name__, request.scope.get("request_id"))
-        return respond(ErgoError("the server made a mistake; the request id names it in its log"), request)

@@ -6,10 +6,10 @@ import re
 import time
 import uuid
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ergo_server.api.errors import respond
+from ergo_server.api.errors import respond, unforeseen
 from ergo_server.errors import BodyTooLarge, RequestError
 from ergo_server.telemetry.metrics import Metrics
 
@@ -18,9 +18,19 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 PROBES = frozenset({"/metrics", "/healthz", "/health", "/readyz"})
 """Asked every few seconds by machines; left out of the request metrics, which are about people's requests."""
 
+QUESTIONS = frozenset({"/v1/vqa", "/v1/chat/completions"})
+"""Where questions are asked: what is refused there counts as one."""
+
+
+CLIENT_GONE = 499
+"""nginx's status for a caller who left before the answer; nobody receives it, metrics count it."""
+
 
 class Observe:
-    """Gives each request an id, limits its body, and counts it.
+    """Gives each request an id, limits its body, counts it, and answers where a mistake of ours got through.
+
+    The framework's own handler of unforeseen exceptions would stand outside of this, and raises them again for the server to
+    log with their text.
 
     Args:
         app: what is wrapped.
@@ -42,7 +52,7 @@ class Observe:
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope["request_id"] = request_id
         scope["received_at"] = started = time.perf_counter()
-        status = 500
+        status = 0
         watched = scope["path"] not in PROBES
 
         async def labelled(message: Message) -> None:
@@ -60,14 +70,23 @@ class Observe:
             if not length.isdigit():
                 await respond(RequestError("Content-Length is not a number"), Request(scope))(scope, receive, labelled)
             elif int(length) > self.max_body_bytes:
+                if scope["path"] in QUESTIONS:
+                    self.metrics.refuse(BodyTooLarge.code)
                 await respond(self._too_large(), Request(scope))(scope, receive, labelled)
             else:
                 await self.app(scope, self._limited(receive), labelled)
+        except ClientDisconnect:
+            status = status or CLIENT_GONE
+        except Exception as error:
+            failure = unforeseen(error, scope)
+            if status:
+                raise  # the response has begun: breaking the connection is all that is left to say
+            await respond(failure, Request(scope))(scope, receive, labelled)
         finally:
             if watched:
                 self.metrics.in_flight.dec()
                 route = getattr(scope.get("route"), "path", "other")
-                self.metrics.observe_http(route, scope["method"], status, time.perf_counter() - started)
+                self.metrics.observe_http(route, scope["method"], status or 500, time.perf_counter() - started)
 
     def _limited(self, receive: Receive) -> Receive:
         read = 0

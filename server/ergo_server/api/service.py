@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from starlette.requests import ClientDisconnect
+
 from ergo_server.engine.base import Engine
-from ergo_server.errors import RequestError, UnknownModel
+from ergo_server.errors import ErgoError, RequestError, UnknownModel
 from ergo_server.imaging.geometry import MIN_VISUAL_TOKENS, PixelBudget
 from ergo_server.pipeline import Pipeline
 
@@ -24,6 +28,20 @@ class Service:
     max_pixels: int
     created: int
     """Unix time of the start; shown as the models' age."""
+    refused: Callable[[str], None]
+    """Told the error's code, or ``cancelled``, of a question that ends before a pipeline has it."""
+
+    @contextlib.contextmanager
+    def accepting(self) -> Iterator[None]:
+        """Report what is refused within: a question that never reaches a pipeline leaves no record there."""
+        try:
+            yield
+        except ErgoError as error:
+            self.refused(error.code)
+            raise
+        except ClientDisconnect:
+            self.refused("cancelled")
+            raise
 
     def pipeline(self, model: str) -> Pipeline:
         """Return the pipeline behind a model name.

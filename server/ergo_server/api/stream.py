@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 
-from ergo_server.api.errors import envelope
+from ergo_server.api.errors import envelope, unforeseen
 from ergo_server.errors import ErgoError
 
 T = TypeVar("T")
@@ -69,6 +69,8 @@ async def event_stream(
                     yield write(event)
             except ErgoError as error:
                 yield failed(error)
+            except Exception as error:
+                yield failed(unforeseen(error, request.scope))
 
     return StreamingResponse(body(), media_type="text/event-stream", headers=HEADERS)
 

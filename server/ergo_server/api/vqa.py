@@ -79,12 +79,14 @@ def router(service: Service) -> APIRouter:
         Send JSON, a multipart form, or the image itself with the other fields in the query. With `stream`, the events are
         `region` (as soon as the box is known), `reasoning.delta`, `answer.delta`, `done` (the whole response) and `error`.
         """
-        image, fields = await _read(request, VqaFields)
-        pipeline = service.pipeline(fields.model)
+        with service.accepting():
+            image, fields = await _read(request, VqaFields)
+            pipeline = service.pipeline(fields.model)
+            budget = service.budget(fields.max_visual_tokens)
         task = Task(
             image=image,
             question=Question(fields.question, tuple(fields.choices), fields.instructions.strip()),
-            budget=service.budget(fields.max_visual_tokens),
+            budget=budget,
             zoom="never" if fields.model == "ergo-single" else fields.zoom,
             max_tokens=fields.max_tokens,
             temperature=fields.temperature,

@@ -139,8 +139,8 @@ def cut(zoom: Zoom, seen: Sequence[Seen], image: Size, rule: CropRule) -> Region
     """
     source = seen[zoom.view]
     size = source.view.size
-    unit = {Space.SEEN: (1, 1), Space.UNIT: size, Space.PER_MILLE: (size.width / 1000, size.height / 1000)}[zoom.space]
-    x1, y1, x2, y2 = (edge * unit[i % 2] for i, edge in enumerate(zoom.edges))
+    unit, parts = {Space.SEEN: ((1, 1), 1), Space.UNIT: (size, 1), Space.PER_MILLE: (size, 1000)}[zoom.space]
+    x1, y1, x2, y2 = (edge * unit[i % 2] / parts for i, edge in enumerate(zoom.edges))
     if x1 != x1 or y1 != y1 or x2 != x2 or y2 != y2:
         return Malformed(MalformedReason.NOT_NUMBERS)
     if x2 < x1 or y2 < y1:

@@ -22,6 +22,8 @@ AREA_RATIOS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.6, 1)
 HIT_RATIOS = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
 
 POLICIES = ("ergo", "single")
+NO_POLICY = "none"
+"""Label of a question that was refused before a policy had it."""
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series of each counter, holding its birthday, which no query here uses
 
@@ -113,6 +115,10 @@ class Metrics:
         if record.result is not None:
             self._observe_result(record.result)
 
+    def refuse(self, outcome: str) -> None:
+        """Count a question that ended before a pipeline had it: its body is wrong, or its caller left while sending."""
+        self.requests.labels(NO_POLICY, outcome if outcome in OUTCOMES else errors.ErgoError.code).inc()
+
     def observe_http(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count one HTTP exchange; what is not in the closed sets becomes ``other``."""
         route = route if route in self.routes else "other"
@@ -153,6 +159,8 @@ class Metrics:
             self.request_seconds.labels(policy)
             for outcome in OUTCOMES:
                 self.requests.labels(policy, outcome)
+        for outcome in OUTCOMES:
+            self.requests.labels(NO_POLICY, outcome)
         for stage in STAGES:
             self.stage_seconds.labels(stage)
         for zoom in ZOOM_OUTCOMES:
