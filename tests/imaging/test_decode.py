@@ -10,13 +10,14 @@ import struct
 import zlib
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageChops, ImageCms, ImageStat
+
 from ergo_server.errors import ImageAspect, ImageError, ImageTooLarge, ImageUnreadable, ImageUnsupported
 from ergo_server.imaging.decode import MAX_PIXELS, ImageHeader, decode_image, read_header, to_srgb
 from ergo_server.imaging.geometry import PixelBudget, Size
 from ergo_server.imaging.view import View, overview
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image, ImageChops, ImageCms, ImageStat
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 

@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as qwen_smart_resize
+
 from ergo_server.imaging.geometry import (
     FACTOR,
     MAX_VISUAL_TOKENS,
@@ -17,11 +23,6 @@ from ergo_server.imaging.geometry import (
     smart_resize,
     visual_tokens,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as qwen_smart_resize
 
 BUDGETS = st.integers(4, 16) | st.integers(4, MAX_VISUAL_TOKENS)
 

@@ -8,12 +8,13 @@ import math
 import time
 
 import pytest
-from ergo_server.imaging.decode import DecodedImage, ImageHeader, decode_image
-from ergo_server.imaging.geometry import Box, PixelBudget, Size
-from ergo_server.imaging.view import View, crop, overview
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
+
+from ergo_server.imaging.decode import DecodedImage, ImageHeader, decode_image
+from ergo_server.imaging.geometry import Box, PixelBudget, Size
+from ergo_server.imaging.view import View, crop, overview
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> DecodedImage:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ergo_server.protocol.base import Question
 from ergo_server.protocol.choices import choose, split_choices
 from ergo_server.protocol.replies import parse_answer
-from hypothesis import given
-from hypothesis import strategies as st
 
 COLOURS = Question("Which colour?", ("red", "blue", "green", "yellow"))
 WORDS = st.text("abcdefgh", min_size=1, max_size=8)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from ergo_server.imaging.geometry import Size
 from ergo_server.imaging.view import View
 from ergo_server.protocol.conversation import Conversation, Message, neutralise
-from hypothesis import given
-from hypothesis import strategies as st
 
 VIEW = View(b"a file", Size(56, 56))
 TRICKY = st.text("<|> im_end", max_size=12)
@@ -39,6 +40,7 @@ def test_every_role_is_neutralised(system: str, user: str, assistant: str) -> No
 
 
 @given(st.lists(TRICKY | st.just("") | st.just(VIEW), max_size=6))
+@example(["a <", "", "|im_end|>"])
 def test_no_token_is_spelled_across_parts(parts: list[str | View]) -> None:
     """Joined, as templates join them, the texts of a message contain no ``<|``, and neither part nor order is lost."""
     said = Conversation().user(*parts).messages[0].parts

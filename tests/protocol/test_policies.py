@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ergo_server.imaging.geometry import Box, PixelBudget, Size
 from ergo_server.imaging.view import View
 from ergo_server.protocol.base import (
@@ -24,8 +27,6 @@ from ergo_server.protocol.ergo import ErgoPolicy
 from ergo_server.protocol.prompts import builtin_profile
 from ergo_server.protocol.replies import parse_zoom
 from ergo_server.protocol.single import SinglePolicy
-from hypothesis import given
-from hypothesis import strategies as st
 
 Edges = tuple[float, float, float, float]
 IMAGE, OVERVIEW = Size(4000, 2000), View(b"overview", Size(1000, 500))

@@ -6,10 +6,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from ergo_server.protocol.base import ModelProfile, Question
-from ergo_server.protocol.prompts import PromptsError, builtin_profile, fill, import_prompts, load_profile, read_profile
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ergo_server.protocol.base import ModelProfile, Question
+from ergo_server.protocol.prompts import PromptsError, builtin_profile, fill, import_prompts, load_profile, read_profile
 
 QUESTION = Question("What is it?", ("red", "blue"), "Answer with the letter.")
 ALL = "{question}{choices}{instructions}"

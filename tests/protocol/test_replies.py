@@ -6,10 +6,11 @@ import itertools
 import time
 
 import pytest
-from ergo_server.protocol.base import Answer, Malformed, MalformedReason, Space, Zoom
-from ergo_server.protocol.replies import AnswerReader, parse_answer, parse_zoom
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ergo_server.protocol.base import Answer, Malformed, MalformedReason, Space, Zoom
+from ergo_server.protocol.replies import AnswerReader, parse_answer, parse_zoom
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<zoom>", "</zoom>")
 OTHER = ("<", "</", "<ans", "wer>", "think", ">", " ", "\n", "B", "red", "[1, 2, 3, 4]", "1e5", "-3.5", "nan", "\u0661")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 KEPT_CONVERSATIONS = 8
 """Prefixes kept for reuse. Each costs memory (about 60 KB a token for a 7B model, 6 KB for ergo-mini); a request needs one
 between its two turns, so this is also how many requests may interleave without losing theirs."""
+
+LEAST_TEMPERATURE = 0.01
+"""What vLLM raises a lower one to, zero excepted: divided by much less, logits overflow."""
 
 
 class EmbeddedEngine:
@@ -65,6 +68,8 @@ class EmbeddedEngine:
 
         def work() -> None:
             try:
+                if self._model.exception() is not None:
+                    raise EngineUnavailable("the checkpoint could not be loaded")
                 for piece in self._model.result().generate(conversation, sampling, stopped):
                     send(piece)
                 if stopped():
@@ -72,10 +77,15 @@ class EmbeddedEngine:
             except BaseException as error:  # carried to the waiting coroutine, which raises it there
                 send(error)
 
+        def dropped(job: Future[None]) -> None:
+            if job.cancelled() and not cancelled.is_set():  # `aclose` drops what has not begun; nobody else would tell its reader
+                send(EngineUnavailable("the engine is shutting down"))
+
         try:
             job = self._thread.submit(work)
         except RuntimeError as error:  # the executor was shut down
             raise EngineUnavailable("the engine is shutting down") from error
+        job.add_done_callback(dropped)
         try:
             while True:
                 piece = await queue.get()
@@ -183,6 +193,7 @@ class _Model:
             chooser = _Chooser(sampling)
             reason: FinishReason = "length"
             written: list[int] = []
+            told = 0
             room = min(sampling.max_tokens, self.context - len(ids))
             while len(written) < room and not stopped():
                 token = chooser(logits)
@@ -192,7 +203,8 @@ class _Model:
                     break
                 piece, ended = text.add(token, sampling.stop)
                 if piece:
-                    yield Delta(piece)
+                    yield Delta(piece, len(written) - told)
+                    told = len(written)
                 if ended:
                     reason = "stop"
                     break
@@ -334,7 +346,8 @@ class _Chooser:
 
         if self._sampling.temperature == 0:
             return int(logits.argmax())
-        chances = torch.softmax(logits.float().cpu() / self._sampling.temperature, -1)
+        warmth = max(self._sampling.temperature, LEAST_TEMPERATURE)
+        chances = torch.softmax(logits.float().cpu() / warmth, -1)
         ordered, tokens = chances.sort(descending=True)
         ordered[ordered.cumsum(-1) - ordered > self._sampling.top_p] = 0
         return int(tokens[torch.multinomial(ordered, 1, generator=self._draw)])

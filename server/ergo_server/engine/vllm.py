@@ -14,8 +14,9 @@ Facts this file rests on (measured on vLLM 0.32, research of this project):
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import httpx2
@@ -86,15 +87,18 @@ class VllmEngine:
         headers = {"content-type": "application/json"} | {name: session for name in self._session_headers if session}
         for last in (False, True):
             try:
-                async for piece in self._attempt(body, headers):
-                    yield piece
+                async with contextlib.aclosing(self._attempt(body, headers)) as pieces:
+                    async for piece in pieces:
+                        yield piece
                 return
             except _Retryable as failed:
-                if last:
+                if last or self._client.is_closed:
                     raise failed.error from failed
 
     async def status(self) -> EngineStatus:
         """Ask ``/health`` and, once, ``/v1/models``."""
+        if self._client.is_closed:
+            return EngineStatus(False, self._model, "closed")
         try:
             response = await self._client.get("/health", timeout=CONNECT_SECONDS)
             if response.status_code != 200:
@@ -130,6 +134,8 @@ class VllmEngine:
         return json.dumps(body).encode()
 
     async def _served_model(self) -> str:
+        if self._client.is_closed:
+            raise EngineUnavailable("the engine is shutting down")
         if self._model is None:
             try:
                 response = await self._client.get("/v1/models", timeout=CONNECT_SECONDS)
@@ -143,7 +149,7 @@ class VllmEngine:
 
     # --- the reply ----------------------------------------------------------------------------------------------------
 
-    async def _attempt(self, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[Delta | Generation]:
+    async def _attempt(self, body: bytes, headers: Mapping[str, str]) -> AsyncGenerator[Delta | Generation, None]:
         text: list[str] = []
         try:
             async with self._client.stream("POST", "/v1/chat/completions", content=body, headers=headers) as response:
@@ -164,16 +170,16 @@ class VllmEngine:
                             text.append(piece)
                             yield Delta(piece, max(0, total - counted))
                             counted = total
-                if reason is None or usage is None:
+                if reason not in ("stop", "length") or usage is None:  # vLLM says "abort" when it is shut down meanwhile
                     raise EngineFailed("the engine ended its reply without finishing it")
-                yield Generation("".join(text), "length" if reason == "length" else "stop", _usage(usage))
+                yield Generation("".join(text), reason, _usage(usage))
         except httpx2.TransportError as error:
             failure = _unreachable(error)
             # A pooled connection that the engine closed while idle breaks at once when used: the request was never read.
             if isinstance(error, (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError)) and not text:
                 raise _Retryable(failure) from error
             raise failure from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (httpx2.DecodingError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise EngineFailed("the engine's reply could not be read") from error
 
     def _refused(self, status: int, body: dict[str, Any], *, started: bool = False) -> EngineError | _Retryable:
@@ -205,7 +211,7 @@ def _message(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": parts}
 
 
-async def _events(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
+async def _events(response: httpx2.Response) -> AsyncGenerator[dict[str, Any], None]:
     """Yield the JSON of each server-sent event up to ``[DONE]``."""
     async for line in response.aiter_lines():
         if len(line) > MAX_LINE:

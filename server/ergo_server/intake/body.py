@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from ergo_server.errors import ImageNotFetched, ImageUnreadable, RequestError, UnsupportedBody
@@ -68,8 +68,8 @@ async def _read_form(request: Request) -> dict[str, Any]:
                 if isinstance(value, UploadFile):
                     fields[key] = await value.read()
             return fields
-    except MultiPartException as error:
-        raise RequestError(f"the form cannot be read: {error.message}") from error
+    except HTTPException as error:  # what Starlette makes of its MultiPartException
+        raise RequestError(f"the form cannot be read: {error.detail}") from error
 
 
 def _flat(names: Mapping[str, None], values: Any) -> dict[str, Any]:
