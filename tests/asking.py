@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx2
+import support
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-import support
 from ergo_server.api.app import create_app
 from ergo_server.engine.base import Engine, Sampling
 from ergo_server.engine.scripted import ScriptedEngine
@@ -94,7 +94,7 @@ def events(text: str) -> list[tuple[str, Any]]:
         assert data.startswith("data: ")
         assert len(named) <= 1
         name = named[0].removeprefix("event: ") if named else ""
-        found.append((name, data[6:] if data == "data: [DONE]" else json.loads(data[6:])))
+        found.append((name, data[6:] if data[6:] == "[DONE]" else json.loads(data[6:])))
     return found
 
 
@@ -162,4 +162,4 @@ def texts(conversation: Conversation) -> str:
 
 def sizes(conversation: Conversation) -> Sequence[tuple[int, int]]:
     """Return the sizes of the views in a conversation."""
-    return [tuple(view.size) for view in conversation.views]
+    return [(view.size.width, view.size.height) for view in conversation.views]

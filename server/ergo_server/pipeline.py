@@ -239,8 +239,9 @@ class Pipeline:
             yield Done(await work)
         finally:
             work.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ErgoError):
-                await work  # so that the engine is free before the caller goes on; its outcome was raised above, if wanted
+            await asyncio.wait({work})  # so that the engine is free before the caller goes on
+            if not work.cancelled():
+                work.exception()  # was raised above, if anybody wanted it; raising it again would lose its traceback
 
     async def converse(self, conversation: Conversation, sampling: Sampling) -> AsyncGenerator[Delta | Generation, None]:
         """Pass one turn through to the engine, within the turn's deadline.

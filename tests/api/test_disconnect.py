@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 import support
 from asking import ANSWER, Meter, data_url, picture, says, scripted
+
 from ergo_server.engine.scripted import ScriptedEngine
 
 LONG = "why " * 2000

@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--see-steps", type=int, default=1200, help="steps of the vision part alone")
-    parser.add_argument("--steps", type=int, default=1500, help="steps of the whole, after those")
+    parser.add_argument("--steps", type=int, default=1200, help="steps of the whole, after those")
     parser.add_argument("--batch", type=int, default=32, help="scenes a step")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the steps over which the rate falls")

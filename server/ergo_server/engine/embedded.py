@@ -13,6 +13,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -254,7 +255,8 @@ class _Model:
     def _take(self, keys: list[int]) -> tuple[_Kept, int]:
         """Take the kept conversation that shares the longest beginning, cut down to it; an empty one if none shares any.
 
-        The last token is always computed anew: its logits are what generation starts from.
+        One that would lose something is left as it is and copied: all conversations begin alike, and a new one must not cost
+        another its image. The last token is always computed anew: its logits are what generation starts from.
         """
         from transformers import DynamicCache
 
@@ -265,13 +267,19 @@ class _Model:
                 best, common = kept, shared
         if best is None:
             return _Kept([], DynamicCache(config=self.network.config.text_config)), 0
-        self.kept.remove(best)
-        if surplus := best.cache.get_seq_length() - common:
-            best.cache.crop(-surplus)  # the number of tokens to remove, negative (transformers 5.23)
-        return best, common
+        surplus = best.cache.get_seq_length() - common
+        if not surplus:
+            self.kept.remove(best)
+            return best, common
+        copy = deepcopy(best.cache)
+        copy.crop(-surplus)  # the number of tokens to remove, negative (transformers 5.23)
+        return _Kept([], copy), common
 
     def _keep(self, kept: _Kept) -> None:
-        self.kept = [*self.kept[1 - KEPT_CONVERSATIONS :], kept]
+        others = [
+            other for other in self.kept if kept.ids[: len(other.ids)] != other.ids
+        ]  # what it goes on from is of no more use
+        self.kept = [*others[1 - KEPT_CONVERSATIONS :], kept]
 
     def _read(self, ids: list[int], grids: Any, pixels: Any, kept: _Kept, common: int) -> tuple[Tensor, int]:
         """Compute what the cache lacks; return the logits after the last token and the position that follows it."""

@@ -157,6 +157,8 @@ class VllmEngine:
                     raise self._refused(response.status_code, _json(await response.aread()))
                 reason, usage, counted = None, None, 0
                 async for event in _events(response):
+                    if self._client.is_closed:  # closing it ends the connections it had, not one that was being made
+                        raise EngineUnavailable("the engine is shutting down")
                     if "error" in event:
                         raise self._refused(_status(event["error"]), event, started=bool(text))
                     counts = event.get("usage")
@@ -193,7 +195,8 @@ class VllmEngine:
         if status in (401, 403):
             return EngineFailed("the engine refuses the server's credentials")
         if 400 <= status < 500:
-            message = str((body.get("error") or {}).get("message", ""))
+            error = body.get("error")
+            message = str(error.get("message", "")) if isinstance(error, dict) else ""
             if "context length" in message or "longer than the maximum model length" in message:
                 return EngineRejected("the conversation is longer than the engine's context", param="max_visual_tokens")
             return EngineRejected(f"the engine refused the request with status {status}")
