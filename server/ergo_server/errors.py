@@ -18,6 +18,7 @@
         ├── EngineBusy              its queue is full                                     503
         ├── EngineTimeout           a turn or the request passed its deadline             504
         ├── EngineRejected          it refused what we sent (a 4xx of the engine)         502
+        │   └── ContextTooLong      the conversation does not fit its context: the caller's to mend      400
         └── EngineFailed            it broke while answering                              502
 
 An error carries what a client needs to act: an HTTP status, a machine-readable ``code``, the parameter at fault and, where
@@ -164,6 +165,14 @@ class EngineRejected(EngineError):
     """The engine refused what the server sent it."""
 
     code = "engine_rejected"
+
+
+class ContextTooLong(EngineRejected):
+    """The conversation does not fit the engine's context; only a shorter one, or a smaller budget, will."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "context_length_exceeded"
 
 
 class EngineFailed(EngineError):

@@ -303,6 +303,9 @@ class _Run:
         self._full: asyncio.Task[DecodedImage] | None = None
         self._context: tuple[Message, ...] = ()
         self._aside_baseline = 0
+        # Without a zoom turn the region is known before the engine is asked. It is told when the engine has begun to answer,
+        # so that an engine which is not there is still an error with a status, not one within a stream.
+        self._found: RegionFound | None = None
         self._cut_short = False
         self._answer_tokens = 0
 
@@ -324,7 +327,7 @@ class _Run:
             ask = replace(ask, conversation=_after(self._context, ask.conversation))
         region = RegionReport("skipped", Box.whole(header.size), None, 1.0, 1.0, skipped)
         if skipped:
-            self.emit(RegionFound(region, header))
+            self._found = RegionFound(region, header)
         action: Action = Answer("", tagged=False)
         for number in range(self.policy.max_turns):
             action = await self._turn(ask, number)
@@ -432,6 +435,9 @@ class _Run:
                 contextlib.aclosing(self.pipeline.engine.generate(ask.conversation, sampling, session=self.session)) as pieces,
             ):
                 async for piece in pieces:
+                    if self._found is not None:
+                        self.emit(self._found)
+                        self._found = None
                     if isinstance(piece, Generation):
                         generation = piece
                     elif reader is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ergo_server.engine.base import Delta, EngineStatus, FinishReason, Generation, Sampling, Usage
-from ergo_server.errors import EngineFailed, EngineRejected, EngineUnavailable
+from ergo_server.errors import ContextTooLong, EngineFailed, EngineRejected, EngineUnavailable
 from ergo_server.imaging.decode import decode_image, to_srgb
 from ergo_server.imaging.view import View
 from ergo_server.protocol.conversation import Conversation
@@ -187,7 +187,7 @@ class _Model:
             grids, pixels = self._pixels(views)
             ids, keys = self._tokens(conversation, views, grids)
             if len(ids) >= self.context:
-                raise EngineRejected("the conversation is longer than the engine's context", param="max_visual_tokens")
+                raise ContextTooLong("the conversation is longer than the engine's context", param="max_visual_tokens")
             kept, common = self._take(keys)
             logits, following = self._read(ids, grids, pixels, kept, common)
             text = _Text(self.tokenizer)

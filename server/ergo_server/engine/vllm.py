@@ -22,7 +22,15 @@ from typing import Any
 import httpx2
 
 from ergo_server.engine.base import Delta, EngineStatus, Generation, Sampling, Usage
-from ergo_server.errors import EngineBusy, EngineError, EngineFailed, EngineRejected, EngineTimeout, EngineUnavailable
+from ergo_server.errors import (
+    ContextTooLong,
+    EngineBusy,
+    EngineError,
+    EngineFailed,
+    EngineRejected,
+    EngineTimeout,
+    EngineUnavailable,
+)
 from ergo_server.protocol.conversation import Conversation, Message
 
 CONNECT_SECONDS = 5.0
@@ -198,7 +206,7 @@ class VllmEngine:
             error = body.get("error")
             message = str(error.get("message", "")) if isinstance(error, dict) else ""
             if "context length" in message or "longer than the maximum model length" in message:
-                return EngineRejected("the conversation is longer than the engine's context", param="max_visual_tokens")
+                return ContextTooLong("the conversation is longer than the engine's context", param="max_visual_tokens")
             return EngineRejected(f"the engine refused the request with status {status}")
         failure = EngineFailed(f"the engine failed with status {status}")
         return failure if started else _Retryable(failure)
