@@ -28,7 +28,7 @@ CHECKPOINT = ergo_mini.FOLDER / "checkpoint"
 PROMPTS = ergo_mini.FOLDER / "prompts.toml"
 VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
 
-START_SECONDS = 240
+START_SECONDS = 600
 """Patience with a part that starts; a shared machine can be many times slower than an idle one."""
 
 

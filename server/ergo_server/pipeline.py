@@ -243,6 +243,10 @@ class Pipeline:
             if not work.cancelled():
                 work.exception()  # was raised above, if anybody wanted it; raising it again would lose its traceback
 
+    def session(self, view: View) -> str:
+        """Return the key by which routers send all that is asked about one image to the replica that holds its cache."""
+        return hmac.digest(self.session_secret, view.data, "sha256").hex()
+
     async def converse(self, conversation: Conversation, sampling: Sampling) -> AsyncGenerator[Delta | Generation, None]:
         """Pass one turn through to the engine, within the turn's deadline.
 
@@ -250,7 +254,9 @@ class Pipeline:
             EngineError: the engine did not do its part, or the deadline passed.
         """
         deadline = asyncio.get_running_loop().time() + self.deadlines.turn
-        async with contextlib.aclosing(self.engine.generate(conversation, sampling)) as pieces:
+        first = next(conversation.views, None)
+        session = self.session(first) if first is not None else ""
+        async with contextlib.aclosing(self.engine.generate(conversation, sampling, session=session)) as pieces:
             while True:
                 try:
                     # Around each step, not around the loop: a deadline must not strike in the code of whoever reads this.
@@ -317,7 +323,7 @@ class _Run:
         if skipped:
             self.policy = self.pipeline.single
         image, overview = await asyncio.to_thread(self._look, header)
-        self.session = hmac.digest(self.pipeline.session_secret, overview.data, "sha256").hex()
+        self.session = self.pipeline.session(overview)
         if not skipped:
             self._full = asyncio.create_task(asyncio.to_thread(self._whole, image))
 

@@ -19,7 +19,7 @@ from ergo_server.engine.base import Delta, Engine, Generation, Sampling
 from ergo_server.engine.embedded import EmbeddedEngine
 from ergo_server.engine.scripted import ScriptedEngine
 from ergo_server.engine.vllm import VllmEngine
-from ergo_server.errors import EngineError, EngineFailed, EngineRejected, EngineUnavailable
+from ergo_server.errors import ContextTooLong, EngineError, EngineFailed, EngineUnavailable
 from ergo_server.imaging.decode import decode_image
 from ergo_server.imaging.geometry import PixelBudget, Size
 from ergo_server.imaging.view import View, overview
@@ -225,7 +225,7 @@ def test_a_conversation_beyond_the_context_is_rejected(case: Case) -> None:
     """A conversation of more tokens than the context holds is the sender's fault, and names the parameter that helps."""
 
     async def work(engine: Engine) -> None:
-        with pytest.raises(EngineRejected) as raised:
+        with pytest.raises(ContextTooLong) as raised:
             await read(engine.generate(Conversation().user("0 1 2 3 4 5 6 7 8 9 " * 300), Sampling(8)))
         assert raised.value.param == "max_visual_tokens"
 

@@ -25,10 +25,14 @@ pytestmark = pytest.mark.vllm
 class Rambling(httpx2.AsyncHTTPTransport):
     """The network; on its way, the answer turn of a question about ramblers is told to go on to the end of the context."""
 
+    sent = 0
+    """How many such turns have been sent."""
+
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send a request."""
         if b"rambler" in request.content and (body := json.loads(request.content))["messages"][2:]:
             request = httpx2.Request("POST", request.url, json=body | {"ignore_eos": True, "stop": [], "max_tokens": 3500})
+            self.sent += 1
         return await super().handle_async_request(request)
 
 
@@ -38,6 +42,7 @@ class Stage:
 
     port: int
     log: Path
+    network: Rambling
     process: subprocess.Popen[bytes] | None = None
     gateway: str = ""
 
@@ -82,10 +87,10 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """vLLM and a gateway that outlives it."""
     if reason := support.why_no_vllm():
         pytest.skip(reason)
-    made = Stage(support.free_port(), tmp_path_factory.mktemp("outages") / "log")
+    made = Stage(support.free_port(), tmp_path_factory.mktemp("outages") / "log", Rambling())
     try:
         made.start()
-        with support.gateway(VllmEngine(made.url, transport=Rambling()), turn_seconds=200, request_seconds=200) as made.gateway:
+        with support.gateway(VllmEngine(made.url, transport=made.network), turn_seconds=200, request_seconds=200) as made.gateway:
             yield made
     finally:
         made.kill()
@@ -125,7 +130,7 @@ def test_an_engine_killed_in_the_middle_ends_the_request(stage: Stage) -> None:
     stage.start()
     with ThreadPoolExecutor() as pool:
         waiting, streaming = (pool.submit(ask, stage.gateway, "What do ramblers read?", stream=s) for s in (False, True))
-        support.wait_until(lambda: stage.running == 2, "both answers are being written")
+        support.wait_until(lambda: stage.network.sent == 2 and stage.running == 2, "both answers are being written")
         stage.kill()
         whole, events = waiting.result(), streaming.result()
     assert whole.status_code in (502, 503)

@@ -22,7 +22,15 @@ from PIL import Image
 from ergo_server.engine.base import Delta, Engine, Generation, Sampling
 from ergo_server.engine.embedded import EmbeddedEngine
 from ergo_server.engine.vllm import VllmEngine
-from ergo_server.errors import EngineBusy, EngineError, EngineFailed, EngineRejected, EngineTimeout, EngineUnavailable
+from ergo_server.errors import (
+    ContextTooLong,
+    EngineBusy,
+    EngineError,
+    EngineFailed,
+    EngineRejected,
+    EngineTimeout,
+    EngineUnavailable,
+)
 from ergo_server.imaging.decode import decode_image
 from ergo_server.imaging.geometry import PixelBudget
 from ergo_server.imaging.view import View, overview
@@ -426,7 +434,7 @@ def test_a_failure_after_a_token_is_final(failure: Reply) -> None:
     ("status", "body", "expected", "retry_after", "param"),
     [
         (400, fails(400, "temperature must be in [0, 2]"), EngineRejected, None, None),
-        (400, fails(400, "This model's maximum context length is 4096 tokens."), EngineRejected, None, "max_visual_tokens"),
+        (400, fails(400, "This model's maximum context length is 4096 tokens."), ContextTooLong, None, "max_visual_tokens"),
         (400, {"error": "a text"}, EngineRejected, None, None),
         (422, "no JSON", EngineRejected, None, None),
         (404, {"detail": "Not Found"}, EngineRejected, None, None),

@@ -217,6 +217,10 @@ class Trainee(nn.Module):
         zero = torch.zeros(())
         return Losses(zero, zero, zero, self._landmarks(batch, tokens), digit, digits_right, zero, zero)
 
+    def read_digits(self, batch: Batch) -> Tensor:
+        """Return the loss of reading alone."""
+        return self._digits(batch, self.see(batch).flatten(0, 1))[0]
+
     def read(self, batch: Batch) -> Reading:
         """Run the whole network over a batch."""
         seen = self.see(batch)

@@ -166,12 +166,13 @@ class Packer:
                 self._forget(sample, mark)
         return sample
 
-    def sight(self, rng: random.Random, scene: Scene) -> Sample:
-        """Return views and hints alone, of the overview of ``scene`` and of two close-ups, for the vision part."""
+    def sight(self, rng: random.Random, scene: Scene | None) -> Sample:
+        """Return views and hints alone, for the vision part: the overview of ``scene``, if there is one, and close-ups."""
         sample = Sample()
-        sample.views.append(view_of(scene.image, Box.whole(Size(*scene.image.size)), Image.Resampling.BICUBIC))
-        self._hint_landmarks(sample, sample.views[0], scene.landmarks)
-        for number in range(1, VIEWS):
+        if scene is not None:
+            sample.views.append(view_of(scene.image, Box.whole(Size(*scene.image.size)), Image.Resampling.BICUBIC))
+            self._hint_landmarks(sample, sample.views[0], scene.landmarks)
+        for number in range(len(sample.views), VIEWS):
             image, landmark = scenes.close_up(rng)
             sample.views.append(view_of(image, Box.whole(Size(*image.size)), Image.Resampling.LANCZOS))
             self._hint_digits(sample, sample.views[number], number, landmark)

@@ -5,8 +5,8 @@ with seeds from `HELD_OUT` on; training never draws one of them.
 
 Lengths are in units of ``u``: one ``u`` is one pixel of the overview at ergo-mini's budget, so ``1 u`` is
 ``sqrt(width · height ÷ (49 · 28²))`` pixels of the image. A landmark is 26–32 u across and plain to see in the overview. The
-digits of its code are 2.6–3 u high and under 2 u wide: less in the overview than any typeface can be drawn in (a readable
-digit takes 3 × 5 pixels), and about eighteen pixels in a crop 30 u a side.
+digits of its code are 2.8–3.1 u high and about 2 u wide: less in the overview than any typeface can be drawn in (a readable
+digit takes 3 × 5 pixels), and about nineteen pixels in a crop 30 u a side.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def _landmark(rng: random.Random, image: Image.Image, u: float, x: float, y: flo
     _shape(ImageDraw.Draw(image), shape, x, y, diameter, (tint[0], tint[1], tint[2]))
     code = f"{rng.randrange(1000):03d}"
     cx, cy = x + rng.uniform(-1.5, 1.5) * u, y + rng.uniform(-1.5, 1.5) * u + (1.5 * u if shape == "triangle" else 0)
-    height, pitch = rng.uniform(2.6, 3.0) * u, rng.uniform(2.4, 2.9) * u
+    height, pitch = rng.uniform(2.8, 3.1) * u, rng.uniform(2.5, 3.0) * u
     margin = 0.8 * u
     plate = (cx - 1.5 * pitch - margin, cy - height / 2 - margin, cx + 1.5 * pitch + margin, cy + height / 2 + margin)
     paper, ink = rng.choice((((250, 250, 248), (15, 15, 20)), ((255, 255, 255), (40, 30, 30)), ((238, 240, 244), (0, 0, 60))))
@@ -268,7 +268,7 @@ def _printed(bold: float, width: float) -> Face:
 
 def _stroked(image: Image.Image, digit: str, x: float, y: float, height: float, ink: tuple[int, int, int]) -> None:
     scale = 4
-    h, w, pen = scale * height, scale * height * 0.58, scale * height * 0.15
+    h, w, pen = scale * height, scale * height * 0.6, scale * height * 0.18
     mask = Image.new("L", (math.ceil(w + pen), math.ceil(h)), 0)
     points = [(pen / 2 + px * w, pen / 2 + py * (h - pen)) for px, py in _STROKES[digit]]
     ImageDraw.Draw(mask).line(points, fill=255, width=round(pen), joint="curve")
@@ -276,4 +276,4 @@ def _stroked(image: Image.Image, digit: str, x: float, y: float, height: float, 
     image.paste(ink, (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
 
 
-FACES: tuple[Face, ...] = (_printed(0, 1.0), _printed(0, 0.9), _printed(0.03, 1.0), _printed(0.045, 0.95), _stroked)
+FACES: tuple[Face, ...] = (_printed(0.03, 1.0), _printed(0.045, 0.95), _printed(0.02, 1.1), _printed(0.03, 0.87), _stroked)

@@ -32,7 +32,10 @@ PROMPTS = Path(__file__).parents[2] / "models" / "ergo_mini" / "prompts.toml"
 
 
 class Samples(Dataset[Sample]):
-    """Sample ``i`` is made from seed ``i``; the first ``sights`` of them are for the vision part alone."""
+    """Sample ``i`` is made from seed ``i``; the first ``sights`` of them are for the vision part alone.
+
+    Sample ``-i`` is three close-ups, to read more than the conversations give to read: drawing and seeing them is cheap.
+    """
 
     def __init__(self, packer: Packer, sights: int, count: int) -> None:
         self.packer, self.sights, self.count = packer, sights, count
@@ -42,6 +45,8 @@ class Samples(Dataset[Sample]):
 
     def __getitem__(self, seed: int) -> Sample:
         rng = random.Random(f"sample {seed}")
+        if seed < 0:
+            return self.packer.sight(rng, None)
         aspect = math.exp(rng.uniform(-0.6, 0.6))
         if seed < self.sights:
             area = rng.uniform(0.25e6, 0.4e6)
@@ -132,8 +137,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--see-steps", type=int, default=1200, help="steps of the vision part alone")
-    parser.add_argument("--steps", type=int, default=1200, help="steps of the whole, after those")
+    parser.add_argument("--steps", type=int, default=1400, help="steps of the whole, after those")
     parser.add_argument("--batch", type=int, default=32, help="scenes a step")
+    parser.add_argument("--close-ups", type=int, default=64, help="triples of close-ups a step, beside the scenes")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the steps over which the rate falls")
     parser.add_argument("--threads", type=int, default=1, help="threads of the arithmetic")
@@ -165,20 +171,20 @@ def run(args: argparse.Namespace) -> None:
     samples = Samples(packer, args.see_steps * args.batch, total * args.batch)
     loader = DataLoader(
         samples,
-        batch_sampler=[list(range(n * args.batch, (n + 1) * args.batch)) for n in range(step, total)],
-        collate_fn=collate,
+        batch_sampler=[_seeds(n, args) for n in range(step, total)],
+        collate_fn=lambda drawn: (collate(drawn[: args.batch]), collate(drawn[args.batch :]) if drawn[args.batch :] else None),
         num_workers=args.workers,
         prefetch_factor=8 if args.workers else None,
     )
     started = last = time.monotonic()
     history: list[list[float]] = []
-    for batch in loader:
+    for batch, close_ups in loader:
         seeing = step < args.see_steps
         local, length = (step, args.see_steps) if seeing else (step - args.see_steps, args.steps)
         rate = learning_rate(local, length, args.rate, 200, 0.3 if seeing else args.decay)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        values = _step(trainee, batch, optimizer, seeing=seeing)
+        values = _step(trainee, batch, close_ups, optimizer, seeing=seeing)
         history.append(values)
         step += 1
         now = time.monotonic()
@@ -208,9 +214,19 @@ def _groups(trainee: Trainee) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def _step(trainee: Trainee, batch: Batch, optimizer: torch.optim.Optimizer, *, seeing: bool) -> list[float]:
+def _seeds(step: int, args: argparse.Namespace) -> list[int]:
+    scene_seeds = list(range(step * args.batch, (step + 1) * args.batch))
+    close_ups = 0 if step < args.see_steps else args.close_ups
+    return scene_seeds + [-1 - seed for seed in range(step * args.close_ups, step * args.close_ups + close_ups)]
+
+
+def _step(
+    trainee: Trainee, batch: Batch, close_ups: Batch | None, optimizer: torch.optim.Optimizer, *, seeing: bool
+) -> list[float]:
     losses = trainee.look(batch) if seeing else trainee(batch)
     loss: Tensor = losses.total
+    if close_ups is not None:
+        loss = loss + 2 * trainee.read_digits(close_ups)
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_([p for p in trainee.parameters() if p.grad is not None], 1.0)
     optimizer.step()

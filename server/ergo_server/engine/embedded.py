@@ -276,9 +276,8 @@ class _Model:
         return _Kept([], copy), common
 
     def _keep(self, kept: _Kept) -> None:
-        others = [
-            other for other in self.kept if kept.ids[: len(other.ids)] != other.ids
-        ]  # what it goes on from is of no more use
+        # What it goes on from, or repeats, would be kept twice.
+        others = [other for other in self.kept if kept.ids[: len(other.ids)] != other.ids]
         self.kept = [*others[1 - KEPT_CONVERSATIONS :], kept]
 
     def _read(self, ids: list[int], grids: Any, pixels: Any, kept: _Kept, common: int) -> tuple[Tensor, int]:
