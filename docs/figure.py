@@ -37,9 +37,9 @@ def main() -> None:
     overview = image.resize(PixelBudget(BUDGET).view_size(Size(*image.size)), Image.Resampling.BICUBIC)
     ImageDraw.Draw(image).rectangle(answer.box, outline="white", width=12)
     panels = [
-        _panel(image, f"the image: {image.width} × {image.height}, {answer.visual_tokens.baseline:,} visual tokens"),
+        _panel(image, f"the image: {image.width} x {image.height}, {answer.visual_tokens.baseline:,} visual tokens"),
         _panel(overview, f"the overview, enlarged here: {answer.visual_tokens.overview} visual tokens"),
-        _panel(crop, f'the crop: {answer.visual_tokens.crop} visual tokens → "{answer.text}"'),
+        _panel(crop, f'the crop: {answer.visual_tokens.crop} visual tokens: "{answer.text}"'),
     ]
     sheet = Image.new("RGB", (sum(p.width for p in panels) + GAP * 2, HEIGHT + 34), "white")
     left = 0

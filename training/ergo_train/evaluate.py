@@ -80,7 +80,8 @@ def table(scores: Sequence[Score]) -> str:
     lines = ["| model | scenes | exact answers | well-formed zoom | plate in region | visual tokens | of baseline |"]
     lines.append("|---|---|---|---|---|---|---|")
     for s in scores:
-        shares = f"{s.exact:.1%} | {s.well_formed:.1%} | {s.covered:.1%}"
+        zoom = "– | –" if s.model == "ergo-single" else f"{s.well_formed:.1%} | {s.covered:.1%}"
+        shares = f"{s.exact:.1%} | {zoom}"
         lines.append(f"| {s.model} | {s.scenes} | {shares} | {s.visual_tokens:.1f} | {s.of_baseline:.1%} |")
     return "\n".join(lines)
 
