@@ -68,7 +68,7 @@ class Case:
 
     def metric(self, *words: str) -> float:
         """Return a metric of vLLM: the sum of the series whose line holds all words."""
-        lines = httpx2.get(f"{self.url}/metrics", trust_env=False).text.splitlines()
+        lines = httpx2.get(f"{self.url}/metrics", trust_env=False, timeout=support.START_SECONDS).text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line[0] != "#" and all(word in line for word in words))
 
 
