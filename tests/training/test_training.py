@@ -93,6 +93,7 @@ def _arguments(folder: Path, steps: int) -> argparse.Namespace:
         see_steps=2,
         steps=steps,
         batch=2,
+        close_ups=2,
         rate=1e-3,
         decay=0.4,
         threads=1,
