@@ -127,12 +127,11 @@ def test_models_through_the_sdk(sdk: openai.OpenAI) -> None:
 
 
 def test_every_model_answers(sdk: openai.OpenAI) -> None:
-    """Each model of the list can be asked by its name."""
-    for name in ("ergo", "ergo-single", "ergo-raw"):
-        found = ask(sdk, model=name, messages=SMALL)
+    """Each model of the list can be asked by its name, and says something."""
+    for name, messages in (("ergo", MESSAGES), ("ergo-single", MESSAGES), ("ergo-raw", SMALL)):
+        found = ask(sdk, model=name, messages=messages)
         assert found.model == name
-        assert found.usage is not None
-        assert found.usage.completion_tokens > 0
+        assert found.choices[0].message.content
 
 
 def test_the_two_turns_driven_from_outside(sdk: openai.OpenAI) -> None:

@@ -27,7 +27,7 @@ class Rambling(httpx2.AsyncHTTPTransport):
     """The network; on its way, the answer turn of a question about ramblers is told to go on to the end of the context."""
 
     begun = 0
-    """How many such turns vLLM has begun. Its metrics cannot be asked meanwhile: while it streams it keeps others waiting."""
+    """How many such turns vLLM has begun to write."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send a request."""

@@ -57,7 +57,7 @@ class Wire(httpx2.AsyncHTTPTransport):
     sent: list[dict[str, Any]] = field(default_factory=list)
     headers: list[httpx2.Headers] = field(default_factory=list)
     begun: int = 0
-    """Replies that vLLM has begun. Its metrics cannot be asked meanwhile: while it streams it keeps others waiting."""
+    """Replies that vLLM has begun to write."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -96,12 +96,6 @@ def answers(engine: Engine, numbers: Sequence[int]) -> list[Result]:
             return [await pipeline(engine).answer(task(number)) for number in numbers]
 
     return asyncio.run(work())
-
-
-def metric(url: str, *words: str) -> float:
-    """Return a metric of vLLM: the sum of the series whose line holds all words."""
-    lines = httpx2.get(f"{url}/metrics", trust_env=False, timeout=support.START_SECONDS).text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line[0] != "#" and all(word in line for word in words))
 
 
 async def read(engine: Engine, conversation: Conversation, sampling: Sampling = GREEDY) -> Generation:
@@ -191,14 +185,11 @@ def test_both_turns_are_sent_to_the_same_replica_and_begin_alike(vllm: str) -> N
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("streaming", [False])
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("turn", [0, 1])
 def test_a_client_who_closes_the_connection_frees_the_engine(vllm: str, turn: int, streaming: bool) -> None:
-    """Through the gateway, in either turn, not streaming: vLLM stops writing a reply that nobody waits for any more.
-
-    Streaming is not proven: on a quiet machine two runs of it saw the reply written to its end.
-    """
-    finished = metric(vllm, "request_success_total", "length")
+    """Through the gateway, in either turn, streaming or not: vLLM stops writing a reply that nobody waits for any more."""
+    finished = support.metric(vllm, "request_success_total", "length")
     made = support.held_out(340)
     fields = {
         "question": made.question,
@@ -207,7 +198,7 @@ def test_a_client_who_closes_the_connection_frees_the_engine(vllm: str, turn: in
     }
 
     def busy() -> bool:
-        return metric(vllm, "num_requests_running") > 0
+        return support.metric(vllm, "num_requests_running") > 0
 
     async def leave(url: str) -> None:
         async with httpx2.AsyncClient(timeout=support.START_SECONDS, trust_env=False) as client:
@@ -222,7 +213,7 @@ def test_a_client_who_closes_the_connection_frees_the_engine(vllm: str, turn: in
     with support.gateway(instead=VllmEngine(vllm, transport=wire)) as url:
         asyncio.run(leave(url))
         support.wait_until(lambda: not busy(), "vLLM has nothing to do")
-    assert metric(vllm, "request_success_total", "length") == finished, "the reply was written to its end"
+    assert support.metric(vllm, "request_success_total", "length") == finished, "the reply was written to its end"
     assert len(wire.sent) == turn + 1
 
 
