@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import argparse
 import io
-import socket
 import statistics
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import uvicorn
-
 from ergo_client import Answer, Client
 from ergo_server.api.app import create_app
+from ergo_server.api.listen import listen, server
 from ergo_server.engine.base import Engine, Sampling
 from ergo_server.engine.scripted import ScriptedEngine
 from ergo_server.protocol.conversation import Conversation
@@ -32,16 +30,15 @@ SIZES = ((1120, 1120), (2240, 1680), (4032, 3024))
 @contextmanager
 def gateway(engine: Engine | None) -> Iterator[str]:
     """Serve the gateway on a free port of loopback."""
-    server = uvicorn.Server(uvicorn.Config(create_app(Settings(), engine), log_level="error", access_log=False))
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    listening, running = listen("127.0.0.1", 0), server(create_app(Settings(), engine))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
-        server.should_exit = True
+        running.should_exit = True
         thread.join()
+        listening.close()
 
 
 def picture(width: int, height: int) -> tuple[bytes, str]:

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
-import uvicorn
 from fastapi import FastAPI
 
 import ergo_mini
 from ergo_server.api.app import create_app
+from ergo_server.api.listen import listen, server
 from ergo_server.engine.base import Engine
 from ergo_server.settings import Settings
 from ergo_train.scenes import HELD_OUT, Scene, scene
@@ -52,16 +52,14 @@ def mini_settings(**given: object) -> Settings:
 @contextlib.contextmanager
 def served(app: FastAPI) -> Iterator[str]:
     """Serve an app on a free port of loopback, in a thread; yields its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    listening, running = listen("127.0.0.1", 0), server(app)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
-        wait_until(lambda: server.started or not thread.is_alive(), "the server has started")
+        wait_until(lambda: running.started or not thread.is_alive(), "the server has started")
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
-        server.should_exit = True
+        running.should_exit = True
         thread.join()
         listening.close()
 
@@ -118,9 +116,9 @@ def start_vllm(port: int, log: Path, *more: str) -> subprocess.Popen[bytes]:
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
     with log.open("ab") as out:
         process = subprocess.Popen([*command, *more], env=os.environ | quiet, stdout=out, stderr=out, start_new_session=True)
-    # While it writes, vLLM's engine core and its worker each spin on a shared buffer, yielding between the looks. Two of them on two
-    # cores kept every other process of the machine waiting for up to ten seconds (Linux 6.18), its own API server and the client
-    # that wants to leave included. On all cores but one they spin as they like.
+    # While it writes, vLLM's engine core and its worker each spin on a shared buffer, yielding between the looks. Two of them on
+    # two cores kept every other process of the machine waiting for up to ten seconds (Linux 6.18), vLLM's own API server and the
+    # client that wants to leave included. On all cores but one they spin as they like.
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(process.pid, cores[: max(1, len(cores) - 1)])
     return process

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -57,10 +59,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    import uvicorn
     from pydantic import ValidationError
 
     from ergo_server.api.app import create_app
+    from ergo_server.api.listen import listen, server
     from ergo_server.protocol.prompts import PromptsError
     from ergo_server.settings import Settings
 
@@ -68,17 +70,15 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         settings = Settings(**given)
         app = create_app(settings)
-    except (ValidationError, PromptsError) as error:
+        listening = listen(settings.host, settings.port)
+    except (ValidationError, PromptsError, OSError) as error:
         print(f"ergo-vqa: {error}", file=sys.stderr)
         return EXIT_FAILED
-    server = uvicorn.Server(
-        uvicorn.Config(app, host=settings.host, port=settings.port, log_level="warning", server_header=False, access_log=False)
-    )
-    socket = server.config.bind_socket()
-    host, port = socket.getsockname()[:2]
-    print(_WELCOME.format(url=f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}", engine=settings.engine), flush=True)
+    host, port = listening.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    print(_WELCOME.format(url=f"http://{shown}:{port}", engine=settings.engine, command=_command()), flush=True)
     try:
-        server.run(sockets=[socket])
+        server(app).run(sockets=[listening])
     except KeyboardInterrupt:  # raised again by uvicorn once everything is closed
         print()
     return 0
@@ -89,11 +89,16 @@ ergo-vqa listens on {url} (engine: {engine}). Try:
 
     the page                {url}/
     its interface           {url}/docs
-    a scene to ask about    ergo-vqa scene scene.png
+    a scene to ask about    {command} scene scene.png
     a question about it     curl -F image=@scene.png -F 'question=What is the code on the red circle?' {url}/v1/vqa
     an OpenAI client        base URL {url}/v1, model "ergo"
 
 Ctrl-C ends it."""
+
+
+def _command() -> str:
+    """How the one who started this can call it again: the environment's commands need not be on the PATH."""
+    return "ergo-vqa" if shutil.which("ergo-vqa") else os.path.relpath(Path(sys.executable).with_name("ergo-vqa"))
 
 
 def _scene(args: argparse.Namespace) -> int:
