@@ -32,6 +32,7 @@ def test_connections_do_not_wait_for_acknowledgements(host: str) -> None:
 
 def test_an_address_in_use_is_an_error() -> None:
     """The second who wants a port is told."""
-    with listen("127.0.0.1", 0) as first, pytest.raises(OSError, match="in use"):
+    with listen("127.0.0.1", 0) as first:
         first.listen()
-        listen("127.0.0.1", first.getsockname()[1])
+        with pytest.raises(OSError, match="in use"):
+            listen("127.0.0.1", first.getsockname()[1])
