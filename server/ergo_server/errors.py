@@ -4,15 +4,21 @@
     ├── RequestError                the caller must change something                      400
     │   ├── BodyTooLarge                                                                  413
     │   ├── UnsupportedBody         a content type no route reads                         415
-    │   ├── NotFound                a path, a model                                       404
-    │   │   └── UnknownModel
+    │   ├── BodyTooSlow             it did not arrive in time                             408
+    │   ├── Unauthenticated         no API key, or none that is known                     401
+    │   ├── RateLimited             the key's share is used up                            429
+    │   ├── NotFound                a path, a model, an uploaded image                    404
+    │   │   ├── UnknownModel
+    │   │   └── UnknownImage
     │   ├── MethodNotAllowed                                                              405
     │   └── ImageError              the bytes are no image we can use
     │       ├── ImageUnreadable     not an image, truncated, corrupt                      422
     │       ├── ImageUnsupported    a format outside the allowlist                        415
     │       ├── ImageTooLarge       more pixels or bytes than the limit                   413
     │       ├── ImageAspect         longer than 200 : 1                                   422
+    │       ├── ImageTooSlow        decoding took longer than the limit                   422
     │       └── ImageNotFetched     a remote image could not, or may not, be fetched      422
+    ├── Overloaded                  the server has as much work as it takes, or is stopping   503
     └── EngineError                 the engine, not the caller, is at fault
         ├── EngineUnavailable       refused, unreachable, starting                        503
         ├── EngineBusy              its queue is full                                     503
@@ -73,6 +79,29 @@ class UnsupportedBody(RequestError):
     code = "unsupported_media_type"
 
 
+class BodyTooSlow(RequestError):
+    """The body did not arrive in time."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class Unauthenticated(RequestError):
+    """No API key, or none that is known; the text is the same for both."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class RateLimited(RequestError):
+    """The key's share of requests or visual tokens is used up for now."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
 class NotFound(RequestError):
     """No such path."""
 
@@ -85,6 +114,12 @@ class UnknownModel(NotFound):
     """No such model name."""
 
     code = "model_not_found"
+
+
+class UnknownImage(NotFound):
+    """No uploaded image of that name, or no longer, or another tenant's."""
+
+    code = "image_not_found"
 
 
 class MethodNotAllowed(RequestError):
@@ -127,10 +162,24 @@ class ImageAspect(ImageError):
     code = "image_aspect_unsupported"
 
 
+class ImageTooSlow(ImageError):
+    """Decoding took longer than the limit."""
+
+    code = "image_too_slow"
+
+
 class ImageNotFetched(ImageError):
     """A remote image that could not, or may not, be fetched."""
 
     code = "image_fetch_blocked"
+
+
+class Overloaded(ErgoError):
+    """The server has as much work as it takes on, or is stopping."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "overloaded"
 
 
 class EngineError(ErgoError):

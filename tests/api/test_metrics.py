@@ -103,10 +103,10 @@ class Miscounting(ScriptedEngine):
     """An engine that counts otherwise: 100 prompt tokens, 50 of them cached, 7 visual ones."""
 
     async def generate(
-        self, conversation: Conversation, sampling: Sampling, *, session: str = ""
+        self, conversation: Conversation, sampling: Sampling, *, session: str = "", salt: str = ""
     ) -> AsyncGenerator[Delta | Generation, None]:
         """Replay one reply, miscounted."""
-        async for piece in super().generate(conversation, sampling, session=session):
+        async for piece in super().generate(conversation, sampling, session=session, salt=salt):
             yield replace(piece, usage=Usage(100, 9, 50, 7)) if isinstance(piece, Generation) else piece
 
 

@@ -77,7 +77,7 @@ class Engine(Protocol):
     """vllm, embedded or scripted."""
 
     def generate(
-        self, conversation: Conversation, sampling: Sampling, *, session: str = ""
+        self, conversation: Conversation, sampling: Sampling, *, session: str = "", salt: str = ""
     ) -> AsyncGenerator[Delta | Generation, None]:
         """Continue a conversation; see the head of this module.
 
@@ -85,6 +85,7 @@ class Engine(Protocol):
             conversation: what has been said; the last message is the user's.
             sampling: how to generate.
             session: the same for all turns of one request; engines with several replicas route by it.
+            salt: conversations of different salts share nothing in the prefix cache; empty shares with all that have none.
 
         Raises:
             EngineError: the engine is unreachable, busy, refuses, or breaks.

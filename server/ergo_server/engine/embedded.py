@@ -54,7 +54,7 @@ class EmbeddedEngine:
         self._model = self._thread.submit(_Model.load, self._checkpoint, device, threads)
 
     async def generate(
-        self, conversation: Conversation, sampling: Sampling, *, session: str = ""
+        self, conversation: Conversation, sampling: Sampling, *, session: str = "", salt: str = ""
     ) -> AsyncGenerator[Delta | Generation, None]:
         """Continue a conversation, after those that came before it."""
         loop = asyncio.get_running_loop()

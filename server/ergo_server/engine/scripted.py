@@ -33,7 +33,7 @@ class ScriptedEngine:
     """Generations under way."""
 
     async def generate(
-        self, conversation: Conversation, sampling: Sampling, *, session: str = ""
+        self, conversation: Conversation, sampling: Sampling, *, session: str = "", salt: str = ""
     ) -> AsyncGenerator[Delta | Generation, None]:
         """Replay one reply."""
         self.calls.append((conversation, sampling, session))

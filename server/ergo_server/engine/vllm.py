@@ -88,7 +88,7 @@ class VllmEngine:
         )
 
     async def generate(
-        self, conversation: Conversation, sampling: Sampling, *, session: str = ""
+        self, conversation: Conversation, sampling: Sampling, *, session: str = "", salt: str = ""
     ) -> AsyncGenerator[Delta | Generation, None]:
         """Continue a conversation over ``POST /v1/chat/completions``, streaming."""
         body = await self._body(conversation, sampling)
