@@ -20,6 +20,10 @@ import ergo_mini
 from ergo_server.api.app import create_app
 from ergo_server.api.listen import listen, server
 from ergo_server.engine.base import Engine
+from ergo_server.imaging.encoded import ImageFile, Stop
+from ergo_server.imaging.geometry import PixelBudget
+from ergo_server.imaging.heading import ImageHeader, Limits, read_header
+from ergo_server.imaging.view import View, overview
 from ergo_server.settings import Settings
 from ergo_train.scenes import HELD_OUT, Scene, scene
 
@@ -42,6 +46,16 @@ def encode(made: Scene, form: str = "JPEG") -> bytes:
     with io.BytesIO() as file:
         made.image.save(file, form, quality=92)
         return file.getvalue()
+
+
+def header(data: bytes, **limits: int) -> ImageHeader:
+    """Return the header of a file."""
+    return read_header(ImageFile.of(data), Limits(**limits), Stop(START_SECONDS))
+
+
+def look(data: bytes, tokens: int = 49) -> View:
+    """Return the overview of a file."""
+    return overview(ImageFile.of(data), header(data), PixelBudget(tokens), Stop(START_SECONDS))
 
 
 def mini_settings(**given: object) -> Settings:

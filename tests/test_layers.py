@@ -15,10 +15,11 @@ ROOMS = ("api", "telemetry", "pipeline", "engine", "protocol", "imaging", "error
 MAY_IMPORT = {
     **{room: set(ROOMS[number:]) for number, room in enumerate(ROOMS)},
     "intake": {"intake", "imaging", "errors"},
-    "settings": {"settings", "pipeline", "imaging"},
+    "settings": {"settings", "pipeline", "engine", "intake", "imaging"},
     "__main__": {"api", "settings", "protocol"},
 }
 MAY_IMPORT["api"] |= {"intake"}
+MAY_IMPORT["telemetry"] |= {"intake"}
 
 ASSEMBLY = {"api/app.py", "__main__.py"}
 """The only files that read the settings."""

@@ -48,6 +48,16 @@ def main(argv: list[str] | None = None) -> int:
     importing.add_argument("--answer-user", default="QUESTION_TEMPLATE2", help="name of the answer turn's template (%(default)s)")
     importing.set_defaults(run=_import_prompts)
 
+    keys = commands.add_parser("keys", help="API keys").add_subparsers(dest="action", required=True)
+    drawing = keys.add_parser(
+        "new",
+        help="draw a key",
+        description="Draw an API key. Its line for ERGO_API_KEYS_FILE goes to standard output, so that >> appends it there; "
+        "the key itself, which is kept nowhere, goes to standard error.",
+    )
+    drawing.add_argument("name", metavar="NAME", type=_tenant, help="the tenant it is for")
+    drawing.set_defaults(run=_new_key)
+
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)
@@ -62,6 +72,7 @@ def _serve(args: argparse.Namespace) -> int:
     from pydantic import ValidationError
 
     from ergo_server.api.app import create_app
+    from ergo_server.api.keys import KeysError
     from ergo_server.api.listen import listen, server
     from ergo_server.protocol.prompts import PromptsError
     from ergo_server.settings import Settings
@@ -71,16 +82,18 @@ def _serve(args: argparse.Namespace) -> int:
         settings = Settings(**given)
         app = create_app(settings)
         listening = listen(settings.host, settings.port)
-    except (ValidationError, PromptsError, OSError) as error:
+    except (KeysError, ValidationError, PromptsError, OSError) as error:
         print(f"ergo-vqa: {error}", file=sys.stderr)
         return EXIT_FAILED
     host, port = listening.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     print(_WELCOME.format(url=f"http://{shown}:{port}", engine=settings.engine, command=_command()), flush=True)
-    try:
-        server(app).run(sockets=[listening])
-    except KeyboardInterrupt:  # raised again by uvicorn once everything is closed
-        print()
+    running = server(app)
+    running.run(sockets=[listening])
+    print()  # after the ^C that a terminal shows
+    if running.cut_off:
+        print(f"ergo-vqa: requests cut off, not finished in time: {running.cut_off}", file=sys.stderr)
+        return EXIT_FAILED
     return 0
 
 
@@ -93,7 +106,7 @@ ergo-vqa listens on {url} (engine: {engine}). Try:
     a question about it     curl -F image=@scene.png -F 'question=What is the code on the red circle?' {url}/v1/vqa
     an OpenAI client        base URL {url}/v1, model "ergo"
 
-Ctrl-C ends it."""
+Ctrl-C ends it, once what is under way is answered; a second one at once."""
 
 
 def _command() -> str:
@@ -128,6 +141,23 @@ def _size(text: str) -> tuple[int, int]:
     if not (width.isdigit() and height.isdigit() and 400 <= int(width) <= 8192 and 400 <= int(height) <= 8192):
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT with sides of 400 to 8192 pixels")
     return int(width), int(height)
+
+
+def _tenant(text: str) -> str:
+    from ergo_server.api.keys import is_tenant_name
+
+    if not is_tenant_name(text):
+        raise argparse.ArgumentTypeError("a tenant's name is of letters, digits, '.', '_' and '-', and not 'anonymous'")
+    return text
+
+
+def _new_key(args: argparse.Namespace) -> int:
+    from ergo_server.api.keys import new_key
+
+    key, line = new_key(args.name)
+    print(f"{key}\n    is the key for {args.name}, shown this once; the server gets the line with its SHA-256.", file=sys.stderr)
+    print(line)
+    return 0
 
 
 def _import_prompts(args: argparse.Namespace) -> int:

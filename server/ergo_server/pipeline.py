@@ -3,7 +3,7 @@
 Written against the `Policy` interface: whatever a policy's replies mean, this is what is done about it. `Pipeline.answer`
 and `Pipeline.stream` are one piece of work; the second passes on what happens while it happens.
 
-The full decode of a JPEG runs while the engine is busy with the zoom turn: the overview needs only a reduced one.
+What of the image's work can be done while the engine is busy with the zoom turn is done then; see `Original`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Literal
 
 from ergo_server.engine.base import Delta, Engine, Generation, Sampling
 from ergo_server.errors import EngineTimeout, ErgoError
-from ergo_server.imaging import view as views
-from ergo_server.imaging.decode import MAX_PIXELS, DecodedImage, ImageHeader, decode_image, read_header
 from ergo_server.imaging.geometry import Box, PixelBudget, Size, baseline_visual_tokens
+from ergo_server.imaging.heading import ImageHeader
+from ergo_server.imaging.original import Original
 from ergo_server.imaging.view import View
 from ergo_server.protocol.base import Action, Answer, Ask, Malformed, MalformedReason, Policy, Question, Resize, Seen, Zoom, cut
 from ergo_server.protocol.choices import choose
@@ -43,17 +43,17 @@ visible answer only; small ones (lmms-eval sends 16) would otherwise end the thi
 
 @dataclass(frozen=True, slots=True)
 class ContextMessage:
-    """An earlier message of the caller's conversation: text and encoded images, in order."""
+    """An earlier message of the caller's conversation: text and images, in order."""
 
     role: Role
-    parts: tuple[str | bytes, ...]
+    parts: tuple[str | Original, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One question about one image."""
+    """One question about one image. Whoever made the images closes them; the pipeline lets go of their pixels before."""
 
-    image: bytes
+    image: Original
     question: Question
     budget: PixelBudget
     zoom: ZoomMode = "auto"
@@ -64,6 +64,10 @@ class Task:
     seed: int | None = None
     context: tuple[ContextMessage, ...] = ()
     """What was said before the question; its images ride along within the budget and are never zoomed into."""
+    tenant: str = ""
+    """Who asks; told to the listeners."""
+    salt: str = ""
+    """What keeps this tenant's part of the engine's prefix cache apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,7 @@ class Record:
     result: Result | None
     error: str | None
     """The error's code, ``cancelled``, or None."""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +209,6 @@ class Pipeline:
         single: how it is spoken to without zoom.
         session_secret: keys the session header, so that it tells nobody what the image was.
         deadlines: bounds in seconds.
-        max_pixels: largest image.
         listeners: told of every request when it ends.
     """
 
@@ -213,7 +217,6 @@ class Pipeline:
     single: Policy
     session_secret: bytes = b""
     deadlines: Deadlines = Deadlines()
-    max_pixels: int = MAX_PIXELS
     listeners: Sequence[Listener] = ()
 
     async def answer(self, task: Task) -> Result:
@@ -247,7 +250,9 @@ class Pipeline:
         """Return the key by which routers send all that is asked about one image to the replica that holds its cache."""
         return hmac.digest(self.session_secret, view.data, "sha256").hex()
 
-    async def converse(self, conversation: Conversation, sampling: Sampling) -> AsyncGenerator[Delta | Generation, None]:
+    async def converse(
+        self, conversation: Conversation, sampling: Sampling, *, salt: str = ""
+    ) -> AsyncGenerator[Delta | Generation, None]:
         """Pass one turn through to the engine, within the turn's deadline.
 
         Raises:
@@ -256,24 +261,17 @@ class Pipeline:
         deadline = asyncio.get_running_loop().time() + self.deadlines.turn
         first = next(conversation.views, None)
         session = self.session(first) if first is not None else ""
-        async with contextlib.aclosing(self.engine.generate(conversation, sampling, session=session)) as pieces:
-            while True:
-                try:
-                    # Around each step, not around the loop: a deadline must not strike in the code of whoever reads this.
-                    async with asyncio.timeout_at(deadline):
-                        piece = await anext(pieces)
-                except TimeoutError:
-                    raise EngineTimeout(f"the engine did not finish within {self.deadlines.turn:g} s") from None
+        pieces = self.engine.generate(conversation, sampling, session=session, salt=salt, deadline=deadline)
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
                 yield piece
-                if isinstance(piece, Generation):
-                    return
 
     async def _run(self, task: Task, emit: Callable[[Event], None]) -> Result:
         run = _Run(self, task, emit)
         started = time.perf_counter()
         result, error = None, None
         try:
-            async with asyncio.timeout(self.deadlines.request):
+            async with asyncio.timeout_at(run.deadline):
                 result = await run.answer()
                 return result
         except TimeoutError:
@@ -290,7 +288,8 @@ class Pipeline:
             raise
         finally:
             await run.close()
-            record = Record(run.policy.name, time.perf_counter() - started, dict(run.timings), result, error)
+            seconds = time.perf_counter() - started
+            record = Record(run.policy.name, seconds, dict(run.timings), result, error, task.tenant)
             for listener in self.listeners:
                 listener(record)
 
@@ -302,11 +301,11 @@ class _Run:
         self.pipeline = pipeline
         self.task = task
         self.emit = emit
+        self.deadline = asyncio.get_running_loop().time() + pipeline.deadlines.request
         self.policy = pipeline.policy
         self.timings: dict[str, float] = {}
         self.turns: list[Turn] = []
         self.session = ""
-        self._full: asyncio.Task[DecodedImage] | None = None
         self._context: tuple[Message, ...] = ()
         self._aside_baseline = 0
         # Without a zoom turn the region is known before the engine is asked. It is told when the engine has begun to answer,
@@ -318,14 +317,14 @@ class _Run:
     async def answer(self) -> Result:
         started = time.perf_counter()
         task = self.task
-        header = await asyncio.to_thread(read_header, task.image, max_pixels=self.pipeline.max_pixels)
+        header = await task.image.header()
         skipped = self._skipped(header.size)
         if skipped:
             self.policy = self.pipeline.single
-        image, overview = await asyncio.to_thread(self._look, header)
+        overview = await self._look()
         self.session = self.pipeline.session(overview)
         if not skipped:
-            self._full = asyncio.create_task(asyncio.to_thread(self._whole, image))
+            await task.image.prepare()
 
         seen = [Seen(overview, Box.whole(header.size))]
         ask = self.policy.first(task.question, overview)
@@ -344,16 +343,17 @@ class _Run:
             self.emit(RegionFound(region, header))
             seen.append(Seen(region.crop, region.box))
             ask = self.policy.next(ask, self.turns[-1].generation.text, task.question, region.crop)
+            if ask.answers:
+                await task.image.release()  # nothing more is cropped
+        if seconds := task.image.load_seconds:
+            self._time("decode", seconds)
         # A policy whose turns are used up without an answer has answered nothing.
         answer = action if isinstance(action, Answer) else Answer("", tagged=False)
         return self._result(header, overview, region, answer, time.perf_counter() - started)
 
     async def close(self) -> None:
-        """End the decode that nobody waits for any more."""
-        if self._full is not None:
-            self._full.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ErgoError):
-                await self._full
+        """Let go of the pixels, and end the decode that nobody waits for any more."""
+        await self.task.image.release()
 
     # --- the image ------------------------------------------------------------------------------------------------------
 
@@ -365,38 +365,20 @@ class _Run:
             return "fits_budget"
         return None
 
-    def _look(self, header: ImageHeader) -> tuple[DecodedImage, View]:
-        """Decode what the overview needs, and make it. Runs in a thread."""
-        budget = self.task.budget
+    async def _look(self) -> View:
+        """Make the overview, and the views of the images that ride along."""
         started = time.perf_counter()
-        # Twice the view's size: enough for the bicubic filter to give what it would have given from the full image
-        # (52 dB on photographs, where the view's own size gives 44).
-        width, height = budget.view_size(header.size)
-        image = decode_image(self.task.image, at_least=Size(2 * width, 2 * height), max_pixels=self.pipeline.max_pixels)
-        decoded = time.perf_counter()
-        overview = views.overview(image, budget)
-        self._context = tuple(
-            Message(message.role, tuple(part if isinstance(part, str) else self._aside(part) for part in message.parts))
-            for message in self.task.context
-        )
-        self._time("decode", decoded - started)
-        self._time("overview", time.perf_counter() - decoded)
-        return image, overview
+        overview = await self.task.image.overview(self.task.budget)
+        for message in self.task.context:
+            parts = tuple([part if isinstance(part, str) else await self._aside(part) for part in message.parts])
+            self._context += (Message(message.role, parts),)
+        self._time("overview", time.perf_counter() - started)
+        return overview
 
-    def _aside(self, data: bytes) -> View:
+    async def _aside(self, image: Original) -> View:
         """Make the view of an image that rides along."""
-        image = decode_image(data, max_pixels=self.pipeline.max_pixels)
-        self._aside_baseline += baseline_visual_tokens(image.header.size)
-        return views.overview(image, self.task.budget)
-
-    def _whole(self, image: DecodedImage) -> DecodedImage:
-        """Decode at full size, unless the overview needed that already. Runs in a thread, beside the zoom turn."""
-        if image.pixels.size == tuple(image.header.size):
-            return image
-        started = time.perf_counter()
-        full = decode_image(self.task.image, max_pixels=self.pipeline.max_pixels)
-        self._time("decode", time.perf_counter() - started)
-        return full
+        self._aside_baseline += baseline_visual_tokens((await image.header()).size)
+        return await image.overview(self.task.budget)
 
     async def _look_closer(self, action: Zoom | Resize | Malformed, seen: Sequence[Seen], size: Size) -> RegionReport:
         """Decide the region and crop it."""
@@ -409,10 +391,8 @@ class _Run:
             box, outcome = Box.whole(size), "zoomed"
         else:
             box, outcome = found.box, "clamped" if found.clamped else "zoomed"
-        assert self._full is not None
-        full = await self._full
         started = time.perf_counter()
-        crop = await asyncio.to_thread(views.crop, full, box, self.task.budget)
+        crop = await self.task.image.crop(box, self.task.budget)
         self._time("crop", time.perf_counter() - started)
         before = seen[0].view.size.width / size.width
         return RegionReport(
@@ -433,13 +413,14 @@ class _Run:
         name: TurnName = ("single" if self.policy.max_turns == 1 else "answer") if ask.answers else "zoom"
         sampling = Sampling(TURN_TOKENS, self.task.temperature, self.task.top_p, self.task.seed, ask.stop)
         reader = _VisibleAnswer(self.emit, self.task.max_tokens) if ask.answers else None
+        deadline = min(asyncio.get_running_loop().time() + self.pipeline.deadlines.turn, self.deadline)
+        pieces = self.pipeline.engine.generate(
+            ask.conversation, sampling, session=self.session, salt=self.task.salt, deadline=deadline
+        )
         started = time.perf_counter()
         generation = None
         try:
-            async with (
-                asyncio.timeout(self.pipeline.deadlines.turn),
-                contextlib.aclosing(self.pipeline.engine.generate(ask.conversation, sampling, session=self.session)) as pieces,
-            ):
+            async with contextlib.aclosing(pieces):
                 async for piece in pieces:
                     if self._found is not None:
                         self.emit(self._found)
@@ -448,8 +429,6 @@ class _Run:
                         generation = piece
                     elif reader is not None:
                         reader.feed(piece)
-        except TimeoutError:
-            raise EngineTimeout(f"the engine did not finish the {name} turn within {self.pipeline.deadlines.turn:g} s") from None
         finally:
             self._time("zoom_turn" if name == "zoom" else "answer_turn", time.perf_counter() - started)
         assert generation is not None  # every engine ends with one

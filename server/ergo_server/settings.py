@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from ergo_server.imaging.decode import MAX_PIXELS
+from ergo_server.engine.breaker import FAILURES, OPEN_SECONDS
+from ergo_server.engine.retries import BURST, SHARE
 from ergo_server.imaging.geometry import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS
+from ergo_server.imaging.heading import MAX_PIXELS, Limits
+from ergo_server.imaging.work import DECODE_SECONDS, MEMORY_BYTES, WAIT_SECONDS
+from ergo_server.intake import store
+from ergo_server.intake.fetch import FetchLimits, FetchMode
 from ergo_server.pipeline import Deadlines
 
 
@@ -39,7 +44,32 @@ class Settings(BaseSettings):
         description="vllm: header names that carry the session key, for routers in front of several replicas (JSON list)",
     )
     session_secret: SecretStr | None = Field(
-        default=None, description="keys the session header; unset draws one at start. Give replicas of the gateway the same"
+        default=None,
+        description="keys the session header and the tenants' cache salts; unset draws one at start. Give replicas of the "
+        "gateway the same, or they share no cache",
+    )
+
+    breaker_failures: int = Field(
+        default=FAILURES,
+        ge=1,
+        description="requests in a row that the engine fails before it is left alone; fewer would take an accident for an outage",
+    )
+    breaker_seconds: float = Field(
+        default=OPEN_SECONDS,
+        gt=0,
+        description="seconds for which it is; a failed health check that succeeds again ends them at once",
+    )
+    retry_share: float = Field(
+        default=SHARE,
+        ge=0,
+        le=1,
+        description="vllm: second attempts that one request earns; in an outage the load grows by no more than this share",
+    )
+    retry_burst: int = Field(
+        default=BURST,
+        ge=0,
+        description="vllm: most second attempts saved up, and those at start; 0 switches them off. "
+        "The first question after a reader who left may need one",
     )
 
     prompts: Path | None = Field(
@@ -60,9 +90,233 @@ class Settings(BaseSettings):
     turn_seconds: float = Field(default=Deadlines().turn, gt=0, description="deadline of one turn on the engine")
     request_seconds: float = Field(default=Deadlines().request, gt=0, description="deadline of a whole request")
 
+    api_keys: SecretStr | None = Field(
+        default=None,
+        description="API keys, as lines `TENANT SHA-256 [LIMIT=NUMBER …]` or with `;` between them. "
+        "`ergo-vqa keys new` draws a key. With neither these nor a file nobody is asked for one",
+    )
+    api_keys_file: Path | None = Field(
+        default=None, description="file with API keys in the same form; read again within a second of a change"
+    )
+    requests_per_minute: int = Field(
+        default=240,
+        ge=0,
+        description="of one tenant, unless its keys say otherwise; 0: no limit. "
+        "What concurrent_requests comes to at 4 s each, so that it binds only where requests are cheaper than questions",
+    )
+    concurrent_requests: int = Field(
+        default=16,
+        ge=0,
+        description="requests of one tenant at a time; 0: no limit. A quarter of max_concurrent: one tenant cannot fill a server",
+    )
+    visual_tokens_per_minute: int = Field(
+        default=300_000,
+        ge=0,
+        description="of one tenant; 0: no limit. requests_per_minute at ERGO-7B's budget of 1,280 a question, which is 307,200",
+    )
+    open_metrics: bool = Field(
+        default=False,
+        description="answer /metrics without a key where keys are asked for; it tells how much is asked, and nothing of whom. "
+        "For when only the monitoring can reach it; else give that a key of its own",
+    )
+
+    max_concurrent: int = Field(
+        default=64,
+        gt=0,
+        description="requests worked on at a time. An engine that takes 4 s for a question then gets 16 a second, "
+        "and four cores make the views of 12-megapixel photographs at about that rate",
+    )
+    max_queued: int = Field(
+        default=64,
+        ge=0,
+        description="requests that wait for a place; as many as are worked on, so that the last waits for about one question",
+    )
+    queue_seconds: float = Field(
+        default=10, gt=0, description="longest wait for a place; who has waited for longer than that mostly has given up"
+    )
+    max_bytes_in_flight: int = Field(
+        default=2 * 1024**3,
+        gt=0,
+        description="bytes of all request bodies at a time: announced, being read, or worked on. With the text and the base64 "
+        "decoded from it a body takes three times its length: 6 of 24 GiB. At least max_body_bytes",
+    )
     max_body_bytes: int = Field(
         default=128 * 1024 * 1024,
         gt=0,
         description="largest request body; lmms-eval re-encodes an 8K photograph to about 67 MB of base64",
     )
-    max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="largest image, width x height")
+    max_pixels: int = Field(
+        default=MAX_PIXELS, gt=0, description="largest image, width x height; the 108-megapixel photographs of telephones fit"
+    )
+    max_scans: int = Field(
+        default=Limits().max_scans, ge=1, description="scans of a progressive JPEG; encoders write about ten, each costs a pass"
+    )
+    max_frames: int = Field(
+        default=Limits().max_frames,
+        ge=1,
+        description="frames of an animated WebP, of which the first is used; finding it costs the square of their number",
+    )
+    max_metadata_bytes: int = Field(
+        default=Limits().max_metadata_bytes,
+        gt=0,
+        description="bytes before an image's pixels: EXIF with its preview, XMP, profiles; cameras write a few megabytes",
+    )
+    image_threads: int = Field(
+        default=0, ge=0, description="images decoded at a time; 0: as many as there are cores, more would make each slower"
+    )
+    image_arrivals: int = Field(
+        default=16,
+        ge=0,
+        description="images decoded while they arrive, each holding a thread that mostly waits; others are decoded afterwards",
+    )
+    image_memory_bytes: int = Field(
+        default=MEMORY_BYTES,
+        gt=0,
+        description="memory of all decodes at a time, reserved from the header before they begin: the largest lossless "
+        "photograph takes 1.1 GiB, a JPEG of any size some 40 MiB",
+    )
+    image_memory_seconds: float = Field(
+        default=WAIT_SECONDS, gt=0, description="longest wait for that memory; decodes take a tenth of a second each"
+    )
+    decode_seconds: float = Field(
+        default=DECODE_SECONDS,
+        gt=0,
+        description="longest decode of one image; the largest progressive photograph takes 1.3 s on an idle core",
+    )
+
+    image_store_seconds: float = Field(
+        default=store.SECONDS, gt=0, description="seconds that an uploaded image is kept: a person asks about it for so long"
+    )
+    image_store_bytes: int = Field(
+        default=store.MAX_BYTES,
+        ge=0,
+        description="bytes of all uploaded images at a time; a photograph of 12 megapixels has 4 MB",
+    )
+    image_store_tenant_bytes: int = Field(
+        default=store.TENANT_BYTES, ge=0, description="bytes of one tenant's uploaded images; a quarter, so that none can fill it"
+    )
+
+    @model_validator(mode="after")
+    def _largest_body_fits(self) -> Settings:
+        if self.max_body_bytes > self.max_bytes_in_flight:
+            raise ValueError("max_bytes_in_flight must be at least max_body_bytes")
+        return self
+
+    body_seconds: float = Field(
+        default=300.0,
+        gt=0,
+        description="seconds that a whole body is waited for; a phone on 1 Mbit/s sends a photograph of 12 MB in 100",
+    )
+    body_stall_seconds: float = Field(
+        default=15.0,
+        gt=0,
+        description="seconds that the sender of a body may be silent: a phone that changes cells. "
+        "Who sends fewer than min_bytes_per_second uses them up",
+    )
+    min_bytes_per_second: float = Field(
+        default=4096.0,
+        gt=0,
+        description="slowest average of who sends a body, or reads an answer; a quarter of what the slowest mobile network "
+        "(EDGE, 120 kbit/s) carries. Drips hold a connection for body_stall_seconds only",
+    )
+    head_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="seconds for the head of a request to arrive: it is one packet, and this is three times sent again (1+2+4 s)",
+    )
+    max_head_bytes: int = Field(
+        default=64 * 1024,
+        ge=1024,
+        description="longest head of a request; a raw image brings its question in there, in up to 9 bytes a character",
+    )
+    keep_alive_seconds: int = Field(
+        default=5,
+        ge=1,
+        description="seconds that a connection stays open between two requests. Behind a load balancer that keeps connections, "
+        "set it above the balancer's own figure, or requests meet a connection that is just being closed",
+    )
+    linger_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="seconds that the rest of a refused body is still taken in (and dropped), so that its sender reads the "
+        "answer instead of a broken connection; 12 MB in that time need 10 Mbit/s",
+    )
+    reader_stall_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        description="seconds that the reader of an answer may take nothing. Progress shows in steps of a third of the kernel's "
+        "buffer, which takes a slow reader many seconds",
+    )
+    max_connections: int = Field(
+        default=512,
+        ge=1,
+        description="connections open at once; half of the 1024 files that a process usually may open: the engine needs some, "
+        "too. One more displaces one that does nothing, or is refused",
+    )
+    drain_grace_seconds: float = Field(
+        default=0.0,
+        ge=0,
+        description="seconds after SIGTERM in which connections are still accepted, with readiness false: on Kubernetes set 5 to "
+        "15, which endpoints and balancers need to notice; at a terminal nobody waits for that",
+    )
+    drain_seconds: float = Field(
+        default=25.0,
+        ge=0,
+        description="seconds that requests under way then have to finish. With drain_grace_seconds and 3 more less than the "
+        "orchestrator waits: 30 s on Kubernetes unless told otherwise, but 10 s with `docker stop` and Compose",
+    )
+
+    fetch: FetchMode = Field(
+        default="off",
+        description="remote images: `off`, from `allowlist` hosts, or from anywhere `public`. Off, because who may name an "
+        "address borrows the server's place in the network, its name and its bandwidth; only the operator can say who may",
+    )
+    fetch_hosts: tuple[str, ...] = Field(
+        default=(),
+        description="fetch=allowlist: hosts (JSON list), exact or `*.example.com` for all names below; their addresses are "
+        "checked too",
+    )
+    fetch_http: bool = Field(
+        default=False, description="fetch `http` too; off, because on the way anyone can read and replace such an image"
+    )
+    fetch_ports: tuple[int, ...] = Field(
+        default=(443, 80),
+        description="ports that may be asked (JSON list); images stand on the web's own, other services behind the others",
+    )
+    fetch_max_bytes: int = Field(
+        default=FetchLimits().max_bytes, gt=0, description="longest remote image; an 8K photograph as PNG has about 50 MB"
+    )
+    fetch_seconds: float = Field(
+        default=FetchLimits().seconds,
+        gt=0,
+        description="for a whole fetch, redirects included; the longest remote image needs 54 Mbit/s to come in that time",
+    )
+    fetch_dns_seconds: float = Field(
+        default=FetchLimits().dns_seconds,
+        gt=0,
+        description="for the addresses of one name, which mostly take milliseconds",
+    )
+    fetch_connect_seconds: float = Field(
+        default=FetchLimits().connect_seconds,
+        gt=0,
+        description="for a connection to one address, and again for TLS; a lost first packet is sent again after 1 s (RFC 6298)",
+    )
+    fetch_idle_seconds: float = Field(
+        default=FetchLimits().idle_seconds, gt=0, description="longest silence of the other server, before or amid its answer"
+    )
+    fetch_bytes_per_second: int = Field(
+        default=FetchLimits().bytes_per_second,
+        ge=0,
+        description="least rate, over any fetch_rate_seconds; slower, not even 160 kB would come within the 10 s of a fetch",
+    )
+    fetch_rate_seconds: float = Field(
+        default=FetchLimits().rate_seconds,
+        gt=0,
+        description="the stretch over which the least rate is measured; longer than the silence that is allowed",
+    )
+    fetch_redirects: int = Field(
+        default=FetchLimits().redirects, ge=0, description="most redirects: to https, to www, to where the bytes are"
+    )
+    fetch_url_chars: int = Field(
+        default=FetchLimits().url_chars, gt=0, description="longest URL; RFC 9110, 4.1 asks for 8000, signed ones have about 2000"
+    )

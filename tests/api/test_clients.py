@@ -137,21 +137,13 @@ def test_every_model_answers(sdk: openai.OpenAI) -> None:
 def test_the_two_turns_driven_from_outside(sdk: openai.OpenAI) -> None:
     """Through ``ergo-raw`` an evaluator can put the policy's own first question, and gets the model's own reply."""
     content = [
-        {"type": "image_url", "image_url": {"url": data_url(_overview())}},
+        {"type": "image_url", "image_url": {"url": data_url(support.look(support.encode(SCENE)).data)}},
         {"type": "text", "text": f"{SCENE.question}\nWhere?"},
     ]
     messages = [{"role": "system", "content": "Look closely."}, {"role": "user", "content": content}]
     reply = ask(sdk, model="ergo-raw", messages=messages, stop=["</zoom>"]).choices[0].message.content
     assert reply is not None
     assert "<zoom>[" in reply
-
-
-def _overview() -> bytes:
-    from ergo_server.imaging.decode import decode_image
-    from ergo_server.imaging.geometry import PixelBudget
-    from ergo_server.imaging.view import overview
-
-    return overview(decode_image(support.encode(SCENE)), PixelBudget(49)).data
 
 
 ERRORS: dict[str, tuple[dict[str, Any], type[openai.APIStatusError], str, str | None]] = {

@@ -66,7 +66,7 @@ def test_the_shape_of_the_response() -> None:
     assert set(body) == set(top.split())
     region = "box normalized seen area_ratio magnification outcome reason lenient crop"
     assert [set(found) for found in body["regions"]] == [set(region.split())]
-    assert set(body["image"]) == {"width", "height", "format", "orientation"}
+    assert set(body["image"]) == {"width", "height", "format", "orientation", "animated"}
     assert set(body["visual_tokens"]) == {"overview", "crop", "extra", "total", "baseline", "saved_ratio", "source"}
     usage = "prompt_tokens completion_tokens total_tokens prompt_tokens_details completion_tokens_details turns"
     assert set(body["usage"]) == set(usage.split())
@@ -134,7 +134,7 @@ def test_the_answer_turn_repeats_the_zoom_turn() -> None:
 def test_exif_rotated_upload_gives_upright_coordinates() -> None:
     """A photograph taken sideways is reported, and its box given, as one sees it."""
     body = vqa(client(), picture(800, 600, "JPEG", orientation=6)).json()
-    assert body["image"] == {"width": 600, "height": 800, "format": "jpeg", "orientation": 6}
+    assert body["image"] == {"width": 600, "height": 800, "format": "jpeg", "orientation": 6, "animated": False}
     assert body["regions"][0]["box"] == [35, 71, 215, 215]
 
 

@@ -1,4 +1,7 @@
-"""The contract at the head of engine/base.py: one set of tests for the scripted engine, the embedded one and real vLLM."""
+"""The contract at the head of engine/base.py: one set of tests for the scripted engine, the embedded one and real vLLM.
+
+A circuit breaker is an engine too: it is held to it around the scripted one and around vLLM.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import contextlib
 import json
 import shutil
 import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx2
@@ -16,13 +20,13 @@ import pytest
 import support
 
 from ergo_server.engine.base import Delta, Engine, Generation, Sampling
+from ergo_server.engine.breaker import Breaker
 from ergo_server.engine.embedded import EmbeddedEngine
 from ergo_server.engine.scripted import ScriptedEngine
 from ergo_server.engine.vllm import VllmEngine
-from ergo_server.errors import ContextTooLong, EngineError, EngineFailed, EngineUnavailable
-from ergo_server.imaging.decode import decode_image
-from ergo_server.imaging.geometry import PixelBudget, Size
-from ergo_server.imaging.view import View, overview
+from ergo_server.errors import ContextTooLong, EngineError, EngineFailed, EngineTimeout, EngineUnavailable
+from ergo_server.imaging.geometry import Size
+from ergo_server.imaging.view import View
 from ergo_server.protocol.conversation import Conversation
 
 ENDLESS = 2000
@@ -46,11 +50,16 @@ class Case:
     """One kind of engine."""
 
     name: str
+    behind_breaker: bool = False
     url: str = ""
     checkpoint: Path = support.CHECKPOINT
 
     def engine(self) -> Engine:
         """Make one."""
+        return Breaker(self.bare()) if self.behind_breaker else self.bare()
+
+    def bare(self) -> Engine:
+        """Make one without a breaker."""
         if self.name == "scripted":
             return ScriptedEngine(lambda said, _: f"{[len(message.parts) for message in said.messages]} " * 1000, 1e-4)
         if self.name == "embedded":
@@ -67,10 +76,14 @@ class Case:
         asyncio.run(opened())
 
 
-@pytest.fixture(params=["scripted", "embedded", pytest.param("vllm", marks=pytest.mark.vllm)])
+REAL = ["embedded", *(pytest.param(name, marks=pytest.mark.vllm) for name in ("vllm", "vllm, breaker"))]
+
+
+@pytest.fixture(params=["scripted", "scripted, breaker", *REAL])
 def case(request: pytest.FixtureRequest) -> Case:
     """Each kind of engine in turn."""
-    return Case(request.param, request.getfixturevalue("vllm") if request.param == "vllm" else "")
+    name, _, breaker = request.param.partition(", ")
+    return Case(name, bool(breaker), request.getfixturevalue("vllm") if name == "vllm" else "")
 
 
 @pytest.fixture
@@ -78,15 +91,15 @@ def endless(case: Case, tmp_path: Path) -> Case:
     """Each kind of engine, with a checkpoint that does not know the model's end."""
     copy = shutil.copytree(support.CHECKPOINT, tmp_path / "endless")
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [411]}))  # <|video_pad|>
-    return Case(case.name, case.url, copy)
+    return replace(case, checkpoint=copy)
 
 
-real = pytest.mark.parametrize("case", ["embedded", pytest.param("vllm", marks=pytest.mark.vllm)], indirect=True)
+real = pytest.mark.parametrize("case", REAL, indirect=True)
 
 
 def look(number: int) -> View:
     """Return the overview of a held-out scene."""
-    return overview(decode_image(support.encode(support.held_out(number))), PixelBudget(49))
+    return support.look(support.encode(support.held_out(number)))
 
 
 def question(number: int = 100) -> Conversation:
@@ -177,13 +190,18 @@ def test_a_reader_who_leaves_frees_the_engine(endless: Case, how: str) -> None:
         await read(engine.generate(question(), Sampling(64)))
         # 6,000 tokens were left unwritten, a hundred times as many as are asked for here.
         assert time.perf_counter() - begun < 20 * usual
-        assert getattr(engine, "running", 0) == 0  # the scripted engine counts by itself
+        assert running(engine) == 0
 
     finished = support.metric(endless.url, "request_success_total", "length") if endless.url else 0
     endless.run(work)
     if endless.url:
         support.wait_until(lambda: support.metric(endless.url, "num_requests_running") == 0, "vLLM has nothing to do")
         assert support.metric(endless.url, "request_success_total", "length") == finished, "no reply was written to its end"
+
+
+def running(engine: Engine) -> int:
+    """Return how many generations the scripted engine has under way; the others do not count."""
+    return getattr(engine.engine if isinstance(engine, Breaker) else engine, "running", 0)
 
 
 async def leave(reply: AsyncGenerator[Delta | Generation, None], how: str) -> None:
@@ -204,6 +222,83 @@ async def leave(reply: AsyncGenerator[Delta | Generation, None], how: str) -> No
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     await reply.aclose()
+
+
+def test_the_deadline_ends_the_work(endless: Case) -> None:
+    """A reply that is not over by its deadline ends with a time-out that says how long it had, and the engine is free again."""
+
+    async def work(engine: Engine) -> None:
+        loop = asyncio.get_running_loop()
+        begun = time.perf_counter()
+        await read(engine.generate(question(), Sampling(64)))
+        usual = time.perf_counter() - begun
+        for _ in range(3):
+            with pytest.raises(EngineTimeout, match=r"0\.5 s"):
+                await read(engine.generate(question(), Sampling(ENDLESS), deadline=loop.time() + 0.5))
+        begun = time.perf_counter()
+        await read(engine.generate(question(), Sampling(64), deadline=loop.time() + support.START_SECONDS))
+        assert time.perf_counter() - begun < 20 * usual
+        assert running(engine) == 0
+
+    finished = support.metric(endless.url, "request_success_total", "length") if endless.url else 0
+    endless.run(work)
+    if endless.url:
+        support.wait_until(lambda: support.metric(endless.url, "num_requests_running") == 0, "vLLM has nothing to do")
+        assert support.metric(endless.url, "request_success_total", "length") == finished, "no reply was written to its end"
+
+
+def test_the_deadline_never_strikes_in_the_readers_code(endless: Case) -> None:
+    """A reader who is busy when it passes is not interrupted, and gets nothing more, however much is written by then."""
+
+    async def work(engine: Engine) -> None:
+        await read(engine.generate(question(), Sampling(1)))
+        reply = engine.generate(question(), Sampling(ENDLESS), deadline=asyncio.get_running_loop().time() + 0.3)
+        await anext(reply)
+        await asyncio.sleep(0.6)
+        with pytest.raises(EngineTimeout):
+            await anext(reply)
+
+    endless.run(work)
+
+
+def test_a_deadline_that_has_passed_begins_nothing(case: Case) -> None:
+    """Nothing is asked of the engine any more; it goes on to answer others."""
+
+    async def work(engine: Engine) -> None:
+        now = asyncio.get_running_loop().time()
+        for deadline in (now, now - 1):
+            with pytest.raises(EngineTimeout, match="before the engine was asked"):
+                await anext(engine.generate(question(), Sampling(64), deadline=deadline))
+        calls = getattr(engine.engine if isinstance(engine, Breaker) else engine, "calls", [])
+        assert calls == []
+        await read(engine.generate(question(), Sampling(1)))
+
+    case.run(work)
+
+
+@real
+def test_tenants_do_not_share_the_prefix_cache(case: Case) -> None:
+    """Under another salt nothing of the same conversation is found in the cache, under the same all but its end; the text is one.
+
+    Without a salt nothing is found of what was asked with one either.
+    """
+
+    async def work(engine: Engine) -> None:
+        salts = [f"{name}-{uuid.uuid4().hex}" for name in "ab"]  # what vLLM keeps outlives a test
+        system = f"Look closely. {uuid.uuid4().hex}"
+        conversation = Conversation().system(system).user(look(102), support.held_out(102).question + "\nWhere?")
+        texts, cached = set(), []
+        for salt in (salts[0], salts[1], "", *salts, ""):
+            _, generation = await read(engine.generate(conversation, Sampling(64), salt=salt))
+            texts.add(generation.text)
+            cached.append(generation.usage.cached_tokens or 0)
+        first, again = cached[:3], cached[3:]
+        print(f"of {generation.usage.prompt_tokens} tokens, cached the first time {first}, the second {again}")
+        assert first == [0, 0, 0]
+        assert min(again) >= 0.5 * generation.usage.prompt_tokens
+        assert len(texts) == 1
+
+    case.run(work)
 
 
 def test_two_replies_at_a_time_do_not_mix(case: Case) -> None:

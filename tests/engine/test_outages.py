@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import signal
@@ -17,7 +18,9 @@ from typing import Any
 import httpx2
 import pytest
 import support
+from asking import Meter
 
+from ergo_server.engine.breaker import FAILURES
 from ergo_server.engine.vllm import VllmEngine
 
 pytestmark = pytest.mark.vllm
@@ -87,7 +90,10 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     made = Stage(support.free_port(), tmp_path_factory.mktemp("outages") / "log", Rambling())
     try:
         made.start()
-        with support.gateway(VllmEngine(made.url, transport=made.network), turn_seconds=200, request_seconds=200) as made.gateway:
+        engine = VllmEngine(made.url, transport=made.network)
+        # The breaker would stay open for an hour: what is used again before that is so because it was seen to be back.
+        limits = {"turn_seconds": 200, "request_seconds": 200, "breaker_failures": FAILURES, "breaker_seconds": 3600}
+        with support.gateway(engine, **limits) as made.gateway:
             yield made
     finally:
         made.kill()
@@ -141,14 +147,21 @@ def test_an_engine_killed_in_the_middle_ends_the_request(stage: Stage) -> None:
 
 
 def test_a_missing_engine_is_told_at_once_and_its_return_needs_no_restart(stage: Stage) -> None:
-    """Without vLLM the answer is 503 with a time to come back and the gateway is not ready; with vLLM back, all is as before."""
+    """Without vLLM the answer is 503 with a time to come back and the gateway is not ready; with vLLM back, all is as before.
+
+    By then the circuit breaker is open: the health check that fails, and later does not, is what ends that.
+    """
+    state = functools.partial(Meter.of(stage.gateway), "ergo_circuit_breaker_state")
     stage.kill()
-    for streaming in (False, True):
-        gone = ask(stage.gateway, stream=streaming)
+    for number in range(2 * FAILURES):
+        gone = ask(stage.gateway, stream=bool(number % 2))
         assert (gone.status_code, error(gone)["code"]) == (503, "engine_unavailable")
         assert int(gone.headers["retry-after"]) > 0
+    assert state(state="open") == 1
     assert not support.answers(f"{stage.gateway}/readyz")
     assert support.answers(f"{stage.gateway}/healthz")
     stage.start()
     support.wait_until(lambda: support.answers(f"{stage.gateway}/readyz"), "the gateway is ready again")
+    assert state(state="half_open") == 1
     assert ask(stage.gateway).status_code == 200
+    assert state(state="closed") == 1

@@ -21,6 +21,7 @@ from PIL import Image
 
 from ergo_server.engine.base import Delta, Engine, Generation, Sampling
 from ergo_server.engine.embedded import EmbeddedEngine
+from ergo_server.engine.retries import BURST, SHARE, RetryBudget, RetryOutcome
 from ergo_server.engine.vllm import VllmEngine
 from ergo_server.errors import (
     ContextTooLong,
@@ -31,9 +32,11 @@ from ergo_server.errors import (
     EngineTimeout,
     EngineUnavailable,
 )
-from ergo_server.imaging.decode import decode_image
+from ergo_server.imaging.encoded import ImageFile
 from ergo_server.imaging.geometry import PixelBudget
-from ergo_server.imaging.view import View, overview
+from ergo_server.imaging.original import Original
+from ergo_server.imaging.view import View
+from ergo_server.imaging.work import ImageWork
 from ergo_server.pipeline import Deadlines, Pipeline, Result, Task
 from ergo_server.protocol.base import Question
 from ergo_server.protocol.conversation import Conversation
@@ -42,6 +45,7 @@ from ergo_server.protocol.prompts import load_profile
 from ergo_server.protocol.single import SinglePolicy
 
 GREEDY = Sampling(64)
+WORK = ImageWork(threads=2)
 SIZE = (1190, 1330)
 """Of the scenes here, and of no other test: what vLLM has in its caches is what was asked here."""
 
@@ -85,7 +89,7 @@ def pipeline(engine: Engine, **given: Any) -> Pipeline:
 def task(number: int) -> Task:
     """Ask a held-out scene's question about it."""
     made = support.held_out(number, size=SIZE)
-    return Task(support.encode(made), Question(made.question), PixelBudget(49))
+    return Task(Original(ImageFile.of(support.encode(made)), WORK), Question(made.question), PixelBudget(49))
 
 
 def answers(engine: Engine, numbers: Sequence[int]) -> list[Result]:
@@ -165,7 +169,7 @@ def test_the_engine_counts_visual_tokens_as_the_formula_does(vllm: str) -> None:
 def _view(image: Image.Image, budget: int) -> View:
     with io.BytesIO() as file:
         image.save(file, "PNG")
-        return overview(decode_image(file.getvalue()), PixelBudget(budget))
+        return support.look(file.getvalue(), budget)
 
 
 @pytest.mark.vllm
@@ -346,11 +350,13 @@ async def never_ends(writer: asyncio.StreamWriter) -> None:
 
 
 @contextlib.asynccontextmanager
-async def failing(*replies: Reply, model: str | None = "m") -> AsyncIterator[tuple[VllmEngine, Server]]:
+async def failing(
+    *replies: Reply, model: str | None = "m", retries: RetryBudget | None = None
+) -> AsyncIterator[tuple[VllmEngine, Server]]:
     """Serve replies on loopback; yields an engine that asks for them."""
     server = Server(list(replies))
     listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
-    engine = VllmEngine(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}", model=model)
+    engine = VllmEngine(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}", model=model, retries=retries)
     try:
         yield engine, server
     finally:
@@ -399,6 +405,43 @@ def test_a_second_failure_is_final(failure: str) -> None:
     """There is no third attempt: the caller learns that the engine failed."""
     pieces, error, server = ask(BEFORE_ANY_TOKEN[failure], BEFORE_ANY_TOKEN[failure], WHOLE)
     assert (pieces, type(error), len(server.asked)) == ([], EngineFailed, 2)
+
+
+def test_an_outage_is_not_made_worse_by_retries() -> None:
+    """A hundred questions to a server that fails them all: ten more requests at first, then one more for every ten questions.
+
+    A server that recovers earns its engine new retries.
+    """
+    told: list[RetryOutcome] = []
+
+    async def work() -> None:
+        failing_replies: list[Reply] = [(500, fails(500))] * 120
+        async with failing(*failing_replies, retries=RetryBudget(told=told.append)) as (engine, server):
+            for _ in range(100):
+                with pytest.raises(EngineFailed):
+                    await read(engine, Conversation().user("?"))
+            sent = len(server.asked)
+            print(f"{sent} requests for 100 questions")
+            assert 100 + BURST <= sent <= 100 * (1 + SHARE) + BURST
+            assert (len(told), told.count("retried")) == (100, sent - 100)
+            server.replies[:] = [WHOLE] * 20 + [(500, fails(500)), WHOLE]
+            for _ in range(21):
+                assert (await read(engine, Conversation().user("?"))).text == "Hello"
+            assert not server.replies
+
+    asyncio.run(work())
+
+
+def test_in_light_traffic_each_first_failure_is_cured() -> None:
+    """The one-time error of the image cache, ten times in a row from the first question on, is survived each time."""
+
+    async def work() -> None:
+        replies: list[Reply] = [(500, fails(500)), WHOLE] * BURST
+        async with failing(*replies) as (engine, _):
+            for _ in range(BURST):
+                assert (await read(engine, Conversation().user("?"))).text == "Hello"
+
+    asyncio.run(work())
 
 
 @pytest.mark.parametrize(
@@ -576,6 +619,44 @@ def test_every_sampling_parameter_is_sent() -> None:
     assert [sent[item.name] for item in fields(Sampling)] == [5, 0.25, 0.5, 7, ["</zoom>"]]
     assert {"top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"} <= sent.keys()
     assert sent["include_stop_str_in_output"] is True
+
+
+def test_the_salt_is_sent_where_there_is_one() -> None:
+    """vLLM refuses an empty one, so without a salt the field is left out."""
+
+    async def work() -> list[dict[str, Any]]:
+        async with failing(WHOLE, WHOLE) as (engine, server):
+            for salt in ("", "of a tenant"):
+                async for _ in engine.generate(Conversation().user("?"), Sampling(8), salt=salt):
+                    pass
+            return [json.loads(body) for _, body in server.asked]
+
+    without, salted = asyncio.run(work())
+    assert without | {"cache_salt": "of a tenant"} == salted
+    assert "cache_salt" not in without
+
+
+@pytest.mark.parametrize("attempts", [0, 1])
+def test_the_deadline_bounds_both_attempts(attempts: int) -> None:
+    """A server that says nothing, to the first attempt or the second, costs no more than the deadline, and is hung up on."""
+
+    async def silent(writer: asyncio.StreamWriter) -> None:
+        begin(writer)
+        while True:
+            writer.write(sse(ROLE).encode())
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    async def work() -> None:
+        replies: list[Reply] = [*[(500, fails(500))] * attempts, silent]
+        async with failing(*replies) as (engine, server):
+            deadline = asyncio.get_running_loop().time() + 0.5
+            with pytest.raises(EngineTimeout, match=r"0\.5 s"):
+                await anext(engine.generate(Conversation().user("?"), Sampling(8), deadline=deadline))
+            await asyncio.to_thread(support.wait_until, lambda: server.gone == 1, "the connection is closed")
+            assert len(server.asked) == attempts + 1
+
+    asyncio.run(work())
 
 
 def test_the_api_key_is_sent_as_bearer_token() -> None:

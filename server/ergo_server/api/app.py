@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
 
 from ergo_server import __version__
-from ergo_server.api import chat, errors, playground, vqa
+from ergo_server.api import chat, errors, images, playground, vqa
+from ergo_server.api.admission import Admission, Gate
+from ergo_server.api.connection import ConnectionLimits
+from ergo_server.api.keys import Keys, Limits, salt
+from ergo_server.api.limits import TenantLimits
+from ergo_server.api.listen import Ending
 from ergo_server.api.middleware import Observe
+from ergo_server.api.receive import BodyLimits, LimitBody
 from ergo_server.api.service import Service
 from ergo_server.engine.base import Engine
-from ergo_server.pipeline import Deadlines, Pipeline
+from ergo_server.engine.breaker import Breaker
+from ergo_server.engine.retries import RetryBudget, RetryOutcome
+from ergo_server.imaging.heading import Limits as ImageLimits
+from ergo_server.imaging.work import ImageWork
+from ergo_server.intake.fetch import Fetcher, FetchLimits
+from ergo_server.intake.store import ImageStore
+from ergo_server.pipeline import Deadlines, Pipeline, Record
 from ergo_server.protocol.base import ModelProfile
 from ergo_server.protocol.ergo import ErgoPolicy
 from ergo_server.protocol.prompts import builtin_profile, load_profile
@@ -28,8 +42,8 @@ from ergo_server.telemetry.metrics import Metrics
 log = logging.getLogger("ergo_server")
 
 
-def create_engine(settings: Settings) -> Engine:
-    """Make the engine that the settings name."""
+def create_engine(settings: Settings, retry: Callable[[RetryOutcome], None]) -> Engine:
+    """Make the engine that the settings name; ``retry`` is told of each failure that a second attempt may cure."""
     if settings.engine == "vllm":
         from ergo_server.engine.vllm import VllmEngine
 
@@ -39,6 +53,7 @@ def create_engine(settings: Settings) -> Engine:
             model=settings.engine_model,
             api_key=key.get_secret_value() if key else None,
             session_headers=settings.session_headers,
+            retries=RetryBudget(settings.retry_share, settings.retry_burst, retry),
         )
     from ergo_server.engine.embedded import EmbeddedEngine
 
@@ -67,36 +82,81 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     Args:
         settings: the configuration.
         engine: replaces the engine that the settings name; the app closes it in the end.
+
+    Raises:
+        KeysError: the API keys cannot be used.
+        PromptsError: the prompts cannot be used.
     """
     profile = create_profile(settings)
-    engine = engine or create_engine(settings)
-    secret = settings.session_secret
+    keys, limits, gate = _keys(settings), TenantLimits(), _gate(settings)
+    metrics = Metrics(_ROUTES)
+    engine = breaker = Breaker(
+        engine or create_engine(settings, metrics.retry), failures=settings.breaker_failures, seconds=settings.breaker_seconds
+    )
+    metrics.watch(lambda: breaker.state)
+    metrics.watch_admission(lambda: gate.queued, lambda: gate.bytes, gate.max_bytes)
+    secret = settings.session_secret.get_secret_value().encode() if settings.session_secret else secrets.token_bytes(32)
     largest = settings.max_visual_tokens or profile.max_visual_tokens
     default = settings.default_visual_tokens or min(profile.default_visual_tokens, largest)
-    app = FastAPI(title="ergo-vqa", version=__version__, description=_ABOUT, lifespan=_lifespan(engine))
-    metrics = Metrics(_ROUTES)
     pipeline = Pipeline(
         engine=engine,
         policy=ErgoPolicy(profile.prompts),
         single=SinglePolicy(profile.prompts),
-        session_secret=secret.get_secret_value().encode() if secret else secrets.token_bytes(32),
+        session_secret=secret,
         deadlines=Deadlines(settings.turn_seconds, settings.request_seconds),
-        max_pixels=settings.max_pixels,
-        listeners=(metrics.observe,),
+        listeners=(metrics.observe, lambda record: _charge(limits, record)),
     )
-    service = Service(engine, pipeline, default, largest, settings.max_pixels, int(time.time()), metrics.refuse)
+    work, store, fetcher = _image_work(settings), _image_store(settings), _fetcher(settings, metrics)
+    metrics.watch_images(work, store)
+    service = Service(
+        engine=engine,
+        zooming=pipeline,
+        default_visual_tokens=default,
+        max_visual_tokens=largest,
+        created=int(time.time()),
+        refused=metrics.refuse,
+        work=work,
+        store=store,
+        fetcher=fetcher,
+        salted=lambda tenant: salt(secret, tenant),
+        charge=limits.charge,
+    )
+    app = FastAPI(title="ergo-vqa", version=__version__, description=_ABOUT, lifespan=_lifespan(service))
     app.include_router(vqa.router(service))
+    app.include_router(images.router(service))
     app.include_router(chat.router(service))
-    _add_probes(app, engine, metrics)
+    _add_probes(app, engine, metrics, lambda: gate.draining)
     playground.install(app)
     errors.install(app)
-    app.add_middleware(Observe, metrics=metrics, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(LimitBody, refused=metrics.refuse, limits=_body_limits(settings))
+    app.add_middleware(
+        Admission,
+        keys=keys,
+        limits=limits,
+        gate=gate,
+        metrics=metrics,
+        max_body_bytes=settings.max_body_bytes,
+        open_metrics=settings.open_metrics,
+    )
+    app.add_middleware(Observe, metrics=metrics)
+    app.state.connection_limits = _connection_limits(settings)
+    app.state.ending = Ending(settings.drain_grace_seconds, settings.drain_seconds, gate.drain)
     return app
 
 
 _ABOUT = "Answers questions about high-resolution images by zooming in once. Every error has the form of `ErrorEnvelope`."
 
-_ROUTES = ("/v1/vqa", "/v1/vqa/estimate", "/v1/chat/completions", "/v1/models", "/v1/models/{model_id}", "/version", "/")
+_ROUTES = (
+    "/v1/vqa",
+    "/v1/vqa/estimate",
+    "/v1/images",
+    "/v1/images/{image_id}",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/v1/models/{model_id}",
+    "/version",
+    "/",
+)
 
 
 def _ergo_mini(name: str) -> Any:
@@ -105,16 +165,96 @@ def _ergo_mini(name: str) -> Any:
     return ergo_mini.FOLDER / name
 
 
-def _lifespan(engine: Engine) -> Any:
+def _keys(settings: Settings) -> Keys:
+    given = settings.api_keys
+    limits = Limits(settings.requests_per_minute, settings.concurrent_requests, settings.visual_tokens_per_minute)
+    return Keys(given.get_secret_value() if given else "", settings.api_keys_file, limits)
+
+
+def _gate(settings: Settings) -> Gate:
+    return Gate(
+        max_concurrent=settings.max_concurrent,
+        max_queued=settings.max_queued,
+        queue_seconds=settings.queue_seconds,
+        max_bytes=settings.max_bytes_in_flight,
+    )
+
+
+def _body_limits(settings: Settings) -> BodyLimits:
+    return BodyLimits(
+        max_bytes=settings.max_body_bytes,
+        seconds=settings.body_seconds,
+        stall_seconds=settings.body_stall_seconds,
+        bytes_per_second=settings.min_bytes_per_second,
+    )
+
+
+def _connection_limits(settings: Settings) -> ConnectionLimits:
+    return ConnectionLimits(
+        head_seconds=settings.head_seconds,
+        max_head_bytes=settings.max_head_bytes,
+        keep_alive_seconds=settings.keep_alive_seconds,
+        linger_seconds=settings.linger_seconds,
+        reader_stall_seconds=settings.reader_stall_seconds,
+        bytes_per_second=settings.min_bytes_per_second,
+        max_connections=settings.max_connections,
+    )
+
+
+def _image_work(settings: Settings) -> ImageWork:
+    return ImageWork(
+        threads=settings.image_threads or os.cpu_count() or 1,
+        arriving=settings.image_arrivals,
+        memory_bytes=settings.image_memory_bytes,
+        wait_seconds=settings.image_memory_seconds,
+        decode_seconds=settings.decode_seconds,
+        limits=ImageLimits(
+            max_pixels=settings.max_pixels,
+            max_scans=settings.max_scans,
+            max_frames=settings.max_frames,
+            max_metadata_bytes=settings.max_metadata_bytes,
+        ),
+    )
+
+
+def _image_store(settings: Settings) -> ImageStore:
+    return ImageStore(
+        seconds=settings.image_store_seconds,
+        max_bytes=settings.image_store_bytes,
+        tenant_bytes=settings.image_store_tenant_bytes,
+    )
+
+
+def _fetcher(settings: Settings, metrics: Metrics) -> Fetcher:
+    return Fetcher(
+        mode=settings.fetch,
+        hosts=settings.fetch_hosts,
+        http=settings.fetch_http,
+        ports=settings.fetch_ports,
+        limits=FetchLimits(**{field.name: getattr(settings, f"fetch_{field.name}") for field in fields(FetchLimits)}),
+        told=metrics.fetched,
+    )
+
+
+def _charge(limits: TenantLimits, record: Record) -> None:
+    """Charge a tenant what its question has cost."""
+    if record.result is not None:
+        limits.charge(record.tenant, record.result.visual_tokens.total)
+
+
+def _lifespan(service: Service) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await engine.aclose()
+        service.store.clear()
+        await service.fetcher.aclose()
+        await service.engine.aclose()
+        service.work.close()
 
     return lifespan
 
 
-def _add_probes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
+def _add_probes(app: FastAPI, engine: Engine, metrics: Metrics, draining: Callable[[], bool]) -> None:
     @app.get("/healthz", tags=["operation"], summary="Is the process alive?")
     @app.get("/health", include_in_schema=False)
     async def health() -> dict[str, str]:
@@ -122,10 +262,16 @@ def _add_probes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
         return {"status": "ok"}
 
     @app.get(
-        "/readyz", tags=["operation"], summary="Can it answer now?", responses={503: {"description": "the engine is not ready"}}
+        "/readyz",
+        tags=["operation"],
+        summary="Can it answer now?",
+        responses={503: {"description": "the engine is not ready, or the server is stopping"}},
     )
     async def ready() -> Response:
-        """The engine can be asked now."""
+        """The engine can be asked now, and the server is not about to stop."""
+        if draining():
+            body = {"status": "draining", "engine": engine.name, "detail": "the server is stopping"}
+            return JSONResponse(body, status_code=503)
         status = await engine.status()
         body = {"status": "ready" if status.ready else "waiting", "engine": engine.name, "detail": status.detail}
         return JSONResponse(body, status_code=200 if status.ready else 503)

@@ -12,7 +12,6 @@ The newest image of the user is the one that is zoomed into; all others ride alo
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 import uuid
@@ -30,10 +29,11 @@ from ergo_server.api.service import MODELS, Service
 from ergo_server.api.stream import event_stream, sse, unless_gone
 from ergo_server.engine.base import Delta, Generation, Sampling, Usage
 from ergo_server.errors import ErgoError, RequestError, UnknownModel
-from ergo_server.imaging.decode import read_header
-from ergo_server.imaging.geometry import smart_resize
+from ergo_server.imaging.geometry import PixelBudget, smart_resize
+from ergo_server.imaging.original import Original
 from ergo_server.imaging.view import View
-from ergo_server.intake.body import image_bytes, read_json
+from ergo_server.intake.body import read_json
+from ergo_server.intake.images import Images
 from ergo_server.pipeline import (
     TURN_TOKENS,
     AnswerDelta,
@@ -129,10 +129,10 @@ class ChatRequest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class _Said:
-    """A message of the client: text and encoded images, in order."""
+    """A message of the client: text and images, in order."""
 
     role: Role
-    parts: tuple[str | bytes, ...]
+    parts: tuple[str | Original, ...]
 
     @property
     def text(self) -> str:
@@ -155,10 +155,12 @@ def router(service: Service) -> APIRouter:
         """Answer as OpenAI's chat completions do. `ergo` zooms, `ergo-single` does not, `ergo-raw` is the engine as it is."""
         with service.accepting():
             chat = await _read_chat(request)
-            said = await _read_messages(chat.messages)
+            said = await _read_messages(
+                chat.messages, service.images(request), service.likely_budget(chat.ergo.max_visual_tokens)
+            )
             received = time.perf_counter() - request.scope["received_at"]
-            raw = chat.model == "ergo-raw" or not any(isinstance(part, bytes) for message in said for part in message.parts)
-            asked = await asyncio.to_thread(_as_given, said, service.max_pixels) if raw else _task(service, chat, said)
+            raw = chat.model == "ergo-raw" or not any(isinstance(part, Original) for message in said for part in message.parts)
+            asked = await _as_given(said) if raw else _task(service, request, chat, said)
         if isinstance(asked, Conversation):
             return await _raw(request, service, chat, asked)
         task = asked
@@ -201,7 +203,8 @@ async def _read_chat(request: Request) -> ChatRequest:
     return chat
 
 
-async def _read_messages(messages: Sequence[dict[str, Any]]) -> list[_Said]:
+async def _read_messages(messages: Sequence[dict[str, Any]], images: Images, budget: PixelBudget) -> list[_Said]:
+    _count_images(messages)
     said = []
     for number, message in enumerate(messages):
         where = f"messages.{number}"
@@ -212,17 +215,24 @@ async def _read_messages(messages: Sequence[dict[str, Any]]) -> list[_Said]:
         parts = [content] if isinstance(content, str) else [] if content is None else content
         if not isinstance(parts, list):
             raise RequestError(f"{where}.content: must be text or a list of parts", param=f"{where}.content")
-        said.append(_Said(_ROLES[role], tuple([await _read_part(part, f"{where}.content.{i}") for i, part in enumerate(parts)])))
+        read = [await _read_part(part, f"{where}.content.{i}", images, budget) for i, part in enumerate(parts)]
+        said.append(_Said(_ROLES[role], tuple(read)))
     if said[-1].role != "user":
         raise RequestError("messages: the last one must be the user's", param="messages")
-    if sum(isinstance(part, bytes) for message in said for part in message.parts) > MAX_IMAGES:
-        raise RequestError(f"messages: at most {MAX_IMAGES} images", param="messages")
     if sum(len(message.text) for message in said) > 8 * MAX_TEXT:
         raise RequestError(f"messages: at most {8 * MAX_TEXT} characters of text", param="messages")
     return said
 
 
-async def _read_part(part: object, where: str) -> str | bytes:
+def _count_images(messages: Sequence[dict[str, Any]]) -> None:
+    """Refuse too many images before the first of them is fetched."""
+    contents = (message.get("content") for message in messages)
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    if sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts) > MAX_IMAGES:
+        raise RequestError(f"messages: at most {MAX_IMAGES} images", param="messages")
+
+
+async def _read_part(part: object, where: str, images: Images, budget: PixelBudget) -> str | Original:
     if isinstance(part, str):
         return _text(part, where)
     if isinstance(part, dict):
@@ -231,7 +241,7 @@ async def _read_part(part: object, where: str) -> str | bytes:
                 return _text(part["text"], where)
             case "image_url":
                 image = part.get("image_url")
-                return await image_bytes(image.get("url") if isinstance(image, dict) else image)
+                return await images.named(image.get("url") if isinstance(image, dict) else image, budget=budget)
     raise RequestError(f"{where}: must be a text or an image_url part", param=where)
 
 
@@ -242,7 +252,7 @@ def _text(text: str, where: str) -> str:
     raise RequestError(f"{where}: is not Unicode text", param=where)
 
 
-def _task(service: Service, chat: ChatRequest, said: Sequence[_Said]) -> Task:
+def _task(service: Service, request: Request, chat: ChatRequest, said: Sequence[_Said]) -> Task:
     """Find the image to zoom into, the question, and what was said before."""
     *before, last = said
     question = split_choices(last.text)
@@ -253,7 +263,7 @@ def _task(service: Service, chat: ChatRequest, said: Sequence[_Said]) -> Task:
         for number, message in enumerate(said)
         if message.role == "user"
         for i, part in enumerate(message.parts)
-        if isinstance(part, bytes)
+        if isinstance(part, Original)
     ]
     if not images:
         raise RequestError("messages: an image must be in a message of the user", param="messages")
@@ -263,7 +273,7 @@ def _task(service: Service, chat: ChatRequest, said: Sequence[_Said]) -> Task:
         kept = tuple(part for i, part in enumerate(message.parts) if (number, i) != (newest, index))
         if kept:
             context.append(ContextMessage(message.role, kept))
-    aside = tuple(part for i, part in enumerate(last.parts) if isinstance(part, bytes) and (len(before), i) != (newest, index))
+    aside = tuple(part for i, part in enumerate(last.parts) if isinstance(part, Original) and (len(before), i) != (newest, index))
     if aside:
         context.append(ContextMessage("user", aside))
     return Task(
@@ -276,6 +286,8 @@ def _task(service: Service, chat: ChatRequest, said: Sequence[_Said]) -> Task:
         top_p=chat.top_p or 1.0,
         seed=chat.seed,
         context=tuple(context),
+        tenant=service.tenant(request).name,
+        salt=service.salt(request),
     )
 
 
@@ -401,15 +413,15 @@ def _failed(error: ErgoError) -> str:
 # --- the engine as it is ------------------------------------------------------------------------------------------------
 
 
-def _as_given(said: Sequence[_Said], max_pixels: int) -> Conversation:
+async def _as_given(said: Sequence[_Said]) -> Conversation:
     """Pass a conversation on unchanged in meaning: every image as its own bytes, after its header was checked."""
     conversation = Conversation()
     for message in said:
         parts: list[str | View] = []
         for part in message.parts:
-            if isinstance(part, bytes):
-                header = read_header(part, max_pixels=max_pixels)
-                parts.append(View(part, smart_resize(header.size), header.format))
+            if isinstance(part, Original):
+                header = await part.header()
+                parts.append(View(part.file.data, smart_resize(header.size), header.format))
             else:
                 parts.append(part)
         conversation = conversation.say(message.role, *parts)
@@ -420,7 +432,7 @@ async def _raw(request: Request, service: Service, chat: ChatRequest, conversati
     """One turn on the engine, its reply as it is."""
     limit = min(chat.limit or TURN_TOKENS, 8 * TURN_TOKENS)
     sampling = Sampling(limit, chat.temperature or 0.0, chat.top_p or 1.0, chat.seed, chat.stops)
-    pieces = service.zooming.converse(conversation, sampling)
+    pieces = service.zooming.converse(conversation, sampling, salt=service.salt(request))
     chunks = _new_chunks(chat)
     if chat.stream:
 

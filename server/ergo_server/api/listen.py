@@ -1,11 +1,25 @@
-"""The socket that the server listens on, and the server on it."""
+"""The socket that the server listens on, and the server on it: how it begins and how it ends."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+from ergo_server.api.connection import Config, ConnectionLimits
+
+TICK_SECONDS = 0.05
+"""How often a server that ends looks whether all is done."""
+
+CANCEL_SECONDS = 2.0
+"""For cancelled requests to give back what they hold: closing a connection to the engine takes milliseconds."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -28,6 +42,68 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def server(app: FastAPI) -> uvicorn.Server:
-    """Return the server for an app; run it with the sockets of `listen`. It writes nothing but warnings."""
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, access_log=False))
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a server ends. The settings of the same names give the reasons for their defaults."""
+
+    grace_seconds: float
+    """Connections are still accepted, and refused what they ask."""
+    drain_seconds: float
+    """What is under way may finish."""
+    begin: Callable[[], None]
+    """Called once on the event loop: from now on the app says that it is not ready, and refuses new questions."""
+
+
+class Server(uvicorn.Server):
+    """Serves until SIGTERM or SIGINT, then drains.
+
+    Readiness turns false; for the grace time connections are still accepted, so that load balancers come to notice; then none
+    are, and what is under way may finish; then it is cut off, with its work on the engine. A second signal ends the process at
+    once, as if nobody had caught it: the kernel closes the connections, by which the engine learns.
+    """
+
+    def __init__(self, app: ASGIApp, limits: ConnectionLimits, ending: Ending) -> None:
+        super().__init__(Config(app, limits))
+        self._ending = ending
+        self.cut_off = 0
+        """Requests that had to be cut off in the end."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end. uvicorn's own raises the signal again afterwards, and a clean end would not exit with 0."""
+        if self.should_exit:
+            # The signal itself, raised again, would not end a container's process 1. The number is a shell's for it.
+            os._exit(128 + sig)
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, and give back what the app holds."""
+        self._ending.begin()
+        await self._until(lambda: False, self._ending.grace_seconds)
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        await self._until(self._done, self._ending.drain_seconds)
+        left = list(self.server_state.tasks)
+        self.cut_off = len(left)
+        for task in left:
+            task.cancel()
+        await self._until(self._done, CANCEL_SECONDS)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await self.lifespan.shutdown()
+
+    def _done(self) -> bool:
+        return not (self.server_state.tasks or self.server_state.connections)
+
+    async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
+        clock = asyncio.get_running_loop().time
+        end = clock() + seconds
+        while not condition() and clock() < end:
+            await self.on_tick(0)  # keeps the Date header right
+            await asyncio.sleep(TICK_SECONDS)
+
+
+def server(app: FastAPI) -> Server:
+    """Return the server for an app of `create_app`, which carries its limits; run it with the sockets of `listen`."""
+    return Server(app, app.state.connection_limits, app.state.ending)

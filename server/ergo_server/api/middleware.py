@@ -1,16 +1,16 @@
-"""What wraps every request: its id, the limit on its body, its count and time."""
+"""What wraps every request: its id, its count and time."""
 
 from __future__ import annotations
 
 import re
 import time
 import uuid
+from contextlib import AsyncExitStack
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ergo_server.api.errors import respond, unforeseen
-from ergo_server.errors import BodyTooLarge, RequestError
 from ergo_server.telemetry.metrics import Metrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -27,7 +27,7 @@ CLIENT_GONE = 499
 
 
 class Observe:
-    """Gives each request an id, limits its body, counts it, and answers where a mistake of ours got through.
+    """Gives each request an id, counts it, and answers where a mistake of ours got through.
 
     The framework's own handler of unforeseen exceptions would stand outside of this, and raises them again for the server to
     log with their text.
@@ -35,13 +35,11 @@ class Observe:
     Args:
         app: what is wrapped.
         metrics: where requests are counted.
-        max_body_bytes: longest body; a longer one is refused, from its Content-Length before it is read.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self.metrics = metrics
-        self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,15 +64,9 @@ class Observe:
         if watched:
             self.metrics.in_flight.inc()
         try:
-            length = headers.get(b"content-length", b"0")
-            if not length.isdigit():
-                await respond(RequestError("Content-Length is not a number"), Request(scope))(scope, receive, labelled)
-            elif int(length) > self.max_body_bytes:
-                if scope["path"] in QUESTIONS:
-                    self.metrics.refuse(BodyTooLarge.code)
-                await respond(self._too_large(), Request(scope))(scope, receive, labelled)
-            else:
-                await self.app(scope, self._limited(receive), labelled)
+            # What a request opens is closed when its last byte was sent or nobody wants it any more, whichever way it ends.
+            async with AsyncExitStack() as scope["closing"]:
+                await self.app(scope, receive, labelled)
         except ClientDisconnect:
             status = status or CLIENT_GONE
         except Exception as error:
@@ -85,21 +77,7 @@ class Observe:
         finally:
             if watched:
                 self.metrics.in_flight.dec()
-                route = getattr(scope.get("route"), "path", "other")
+                # What was refused before it was routed has its path: the closed set of routes knows those that count.
+                path: str = scope["path"]
+                route = getattr(scope.get("route"), "path", path)
                 self.metrics.observe_http(route, scope["method"], status or 500, time.perf_counter() - started)
-
-    def _limited(self, receive: Receive) -> Receive:
-        read = 0
-
-        async def limited() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.max_body_bytes:
-                raise self._too_large()
-            return message
-
-        return limited
-
-    def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"the body is longer than {self.max_body_bytes:,} bytes")

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from ergo_server.imaging.decode import ImageHeader
 from ergo_server.imaging.geometry import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS
+from ergo_server.imaging.heading import ImageHeader
 from ergo_server.pipeline import RegionReport, Result, Turn, VisualTokens
 
 MAX_TEXT = 32_768
@@ -17,20 +17,23 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max
 Choice = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4096)]
 
 
-class _Form(BaseModel):
+class Form(BaseModel):
+    """The fields of a request about an image; the image is kept apart. Unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid")
 
+    max_visual_tokens: int | None = Field(
+        default=None, ge=MIN_VISUAL_TOKENS, le=MAX_VISUAL_TOKENS, description="pixel budget of each view; unset takes the model's"
+    )
 
-class VqaFields(_Form):
+
+class VqaFields(Form):
     """A question, whatever the form of the body it came in; the image is kept apart."""
 
     question: Text = Field(description="what to find out")
     choices: list[Choice] = Field(default=[], max_length=26, description="options, shown to the model in the answer turn only")
     instructions: str = Field(default="", max_length=MAX_TEXT, description="how to answer, shown in the answer turn only")
     model: str = Field(default="ergo", description="`ergo` zooms, `ergo-single` does not")
-    max_visual_tokens: int | None = Field(
-        default=None, ge=MIN_VISUAL_TOKENS, le=MAX_VISUAL_TOKENS, description="pixel budget of each view; unset takes the model's"
-    )
     max_tokens: int | None = Field(default=None, ge=1, description="bounds the visible answer; the thinking is not counted")
     temperature: float = Field(default=0.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -42,12 +45,15 @@ class VqaFields(_Form):
     include: list[Literal["crop", "reasoning", "replies"]] = Field(default=[], description="what else to send back")
 
 
-class EstimateFields(_Form):
+class EstimateFields(Form):
     """What an estimate needs beside the image."""
 
     model: str = "ergo"
-    max_visual_tokens: int | None = Field(default=None, ge=MIN_VISUAL_TOKENS, le=MAX_VISUAL_TOKENS)
     zoom: Literal["auto", "always", "never"] = "auto"
+
+
+class UploadFields(Form):
+    """What an upload needs beside the image: the budget is that of the overview which is kept with it."""
 
 
 class ImageInfo(BaseModel):
@@ -57,11 +63,34 @@ class ImageInfo(BaseModel):
     height: int = Field(description="upright height in pixels")
     format: str
     orientation: int = Field(description="EXIF orientation, 1 to 8; all coordinates are in the upright frame")
+    animated: bool = Field(description="it has more frames than the first, which alone is looked at")
 
     @classmethod
     def of(cls, header: ImageHeader) -> ImageInfo:
         """Show a header."""
-        return cls(width=header.size.width, height=header.size.height, format=header.format, orientation=header.orientation)
+        return cls(
+            width=header.size.width,
+            height=header.size.height,
+            format=header.format,
+            orientation=header.orientation,
+            animated=header.animated,
+        )
+
+
+class StoredImage(ImageInfo):
+    """An uploaded image."""
+
+    id: str = Field(description="names it in questions")
+    object: Literal["image"] = "image"
+    bytes: int = Field(description="of the file")
+    expires_at: int = Field(description="Unix time at which it is forgotten")
+    expires_in: float = Field(description="seconds until then")
+
+    @classmethod
+    def stored(cls, id: str, header: ImageHeader, size: int, expires_at: float, expires_in: float) -> StoredImage:
+        """Show an uploaded image."""
+        info = ImageInfo.of(header).model_dump()
+        return cls(**info, id=id, bytes=size, expires_at=int(expires_at), expires_in=round(expires_in, 3))
 
 
 class CropInfo(BaseModel):
@@ -192,11 +221,11 @@ class UsageInfo(BaseModel):
 
 
 class Timings(BaseModel):
-    """Milliseconds. The second half of a JPEG's decode runs beside the zoom turn, so stages can add up to more than the total."""
+    """Milliseconds. What is decoded while bytes arrive or beside the zoom turn overlaps, so stages can exceed the total."""
 
-    receive_ms: float
-    decode_ms: float
-    overview_ms: float
+    receive_ms: float = Field(description="until the whole request was read, and a remote image fetched")
+    decode_ms: float = Field(description="decoding it as a whole, beside the zoom turn; 0 where only what is needed was decoded")
+    overview_ms: float = Field(description="from the last byte to the overview; next to nothing if it was made on the way")
     zoom_turn_ms: float
     crop_ms: float
     answer_turn_ms: float

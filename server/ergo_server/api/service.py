@@ -6,11 +6,16 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
+from ergo_server.api.keys import Tenant
 from ergo_server.engine.base import Engine
 from ergo_server.errors import ErgoError, RequestError, UnknownModel
 from ergo_server.imaging.geometry import MIN_VISUAL_TOKENS, PixelBudget
+from ergo_server.imaging.work import ImageWork
+from ergo_server.intake.fetch import Fetcher
+from ergo_server.intake.images import Images
+from ergo_server.intake.store import ImageStore
 from ergo_server.pipeline import Pipeline
 
 MODELS = ("ergo", "ergo-single", "ergo-raw")
@@ -25,11 +30,37 @@ class Service:
     zooming: Pipeline
     default_visual_tokens: int
     max_visual_tokens: int
-    max_pixels: int
     created: int
     """Unix time of the start; shown as the models' age."""
     refused: Callable[[str], None]
     """Told the error's code, or ``cancelled``, of a question that ends before a pipeline has it."""
+    work: ImageWork
+    store: ImageStore
+    fetcher: Fetcher
+    salted: Callable[[Tenant], str]
+    """Returns what keeps a tenant's part of the engine's prefix cache apart."""
+    charge: Callable[[str, int], None]
+    """Told a tenant's name and the visual tokens of what it asked past the pipeline."""
+
+    def tenant(self, request: Request) -> Tenant:
+        """Return who asks."""
+        tenant: Tenant = request.scope["tenant"]
+        return tenant
+
+    def salt(self, request: Request) -> str:
+        """Return what keeps the caller's part of the engine's prefix cache apart."""
+        return self.salted(self.tenant(request))
+
+    def images(self, request: Request) -> Images:
+        """Return where the images of a request come from; they are closed when it is over."""
+        return Images(self.work, self.store, self.fetcher, self.tenant(request).name, request.scope["closing"])
+
+    def likely_budget(self, wanted: object) -> PixelBudget:
+        """Return the budget for the overview of an image that still arrives; what is wrong with it is said later."""
+        try:
+            return self.budget(int(str(wanted)) if wanted is not None else None)
+        except (RequestError, ValueError):
+            return self.budget(None)
 
     @contextlib.contextmanager
     def accepting(self) -> Iterator[None]:

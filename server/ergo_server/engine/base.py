@@ -1,20 +1,26 @@
 """The engine: anything that continues a conversation. One method is enough.
 
-What every engine guarantees (tests/engine/test_contract.py holds all three to it):
+What every engine guarantees (tests/engine/test_contract.py holds all three to it, and the circuit breaker):
     * `Engine.generate` yields the reply as text deltas and then exactly one `Generation`, whose text is all deltas joined.
     * Generation ends after one of ``sampling.stop``, which stays in the text; at ``sampling.max_tokens``; or where the model
       ends it.
     * The same conversation and greedy sampling give the same text.
-    * Closing the iterator, or cancelling the task that reads it, ends the work behind it.
+    * Closing the iterator, or cancelling the task that reads it, ends the work behind it; so does the deadline, which is an
+      `EngineTimeout`.
+    * Conversations of different salts share nothing in the prefix cache.
     * Every failure is an `EngineError`; nothing of another library gets out.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import math
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from ergo_server.errors import EngineTimeout
 from ergo_server.protocol.conversation import Conversation
 
 FinishReason = Literal["stop", "length"]
@@ -77,7 +83,13 @@ class Engine(Protocol):
     """vllm, embedded or scripted."""
 
     def generate(
-        self, conversation: Conversation, sampling: Sampling, *, session: str = "", salt: str = ""
+        self,
+        conversation: Conversation,
+        sampling: Sampling,
+        *,
+        session: str = "",
+        salt: str = "",
+        deadline: float | None = None,
     ) -> AsyncGenerator[Delta | Generation, None]:
         """Continue a conversation; see the head of this module.
 
@@ -86,8 +98,11 @@ class Engine(Protocol):
             sampling: how to generate.
             session: the same for all turns of one request; engines with several replicas route by it.
             salt: conversations of different salts share nothing in the prefix cache; empty shares with all that have none.
+                At most 128 characters, none of them ``@``, ``/``, ``\\`` or NUL: what vLLM takes.
+            deadline: time of the event loop, in seconds, by which the reply must be over; None: whenever it is.
 
         Raises:
+            EngineTimeout: the deadline passed. If it had before the first piece was asked for, nothing was begun.
             EngineError: the engine is unreachable, busy, refuses, or breaks.
         """
 
@@ -96,3 +111,34 @@ class Engine(Protocol):
 
     async def aclose(self) -> None:
         """Give back what the engine holds. Generations in flight end with an error."""
+
+
+async def within(
+    deadline: float | None, pieces: AsyncGenerator[Delta | Generation, None]
+) -> AsyncGenerator[Delta | Generation, None]:
+    """Pass on a reply until the deadline, and close it then. For engines: each owes `Engine.generate` this.
+
+    The time that the reader takes between two pieces counts, but the deadline never strikes in the reader's code: whoever is busy
+    when it passes meets it at the next piece.
+
+    Raises:
+        EngineTimeout: the deadline passed; the message says how long the reply was given.
+    """
+    loop = asyncio.get_running_loop()
+    end = math.inf if deadline is None else deadline
+    given = end - loop.time()
+    if given <= 0:
+        raise EngineTimeout("the deadline had passed before the engine was asked")
+    late = f"the engine did not finish within {round(given, 2):g} s"
+    async with contextlib.aclosing(pieces):
+        while True:
+            if loop.time() >= end:
+                raise EngineTimeout(late)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    piece = await anext(pieces)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise EngineTimeout(late) from None
+            yield piece

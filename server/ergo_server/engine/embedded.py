@@ -19,10 +19,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ergo_server.engine.base import Delta, EngineStatus, FinishReason, Generation, Sampling, Usage
+from ergo_server.engine.base import Delta, EngineStatus, FinishReason, Generation, Sampling, Usage, within
 from ergo_server.errors import ContextTooLong, EngineFailed, EngineRejected, EngineUnavailable
-from ergo_server.imaging.decode import decode_image, to_srgb
-from ergo_server.imaging.view import View
+from ergo_server.imaging.encoded import Stop
+from ergo_server.imaging.heading import Limits
+from ergo_server.imaging.view import View, pixels
+from ergo_server.imaging.work import DECODE_SECONDS
 from ergo_server.protocol.conversation import Conversation
 
 if TYPE_CHECKING:
@@ -53,10 +55,46 @@ class EmbeddedEngine:
         self._closed = threading.Event()
         self._model = self._thread.submit(_Model.load, self._checkpoint, device, threads)
 
-    async def generate(
-        self, conversation: Conversation, sampling: Sampling, *, session: str = "", salt: str = ""
+    def generate(
+        self,
+        conversation: Conversation,
+        sampling: Sampling,
+        *,
+        session: str = "",
+        salt: str = "",
+        deadline: float | None = None,
     ) -> AsyncGenerator[Delta | Generation, None]:
         """Continue a conversation, after those that came before it."""
+        return within(deadline, self._generate(conversation, sampling, salt))
+
+    async def status(self) -> EngineStatus:
+        """Ready once the checkpoint is loaded."""
+        if not self._model.done():
+            return EngineStatus(False, self._checkpoint, "loading the checkpoint")
+        error = self._model.exception()
+        if error is not None:
+            return EngineStatus(False, self._checkpoint, f"{type(error).__name__}: {error}")
+        return EngineStatus(not self._closed.is_set(), self._checkpoint)
+
+    async def loaded(self) -> None:
+        """Wait until the checkpoint is loaded.
+
+        Raises:
+            EngineUnavailable: it cannot be loaded; the message says why.
+        """
+        try:
+            await asyncio.wrap_future(self._model)
+        except Exception as error:  # transformers raises many kinds; each means the same here
+            raise EngineUnavailable(f"{self._checkpoint} cannot be loaded: {error}") from error
+
+    async def aclose(self) -> None:
+        """End what runs and give the thread back."""
+        self._closed.set()
+        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+
+    async def _generate(
+        self, conversation: Conversation, sampling: Sampling, salt: str
+    ) -> AsyncGenerator[Delta | Generation, None]:
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Delta | Generation | BaseException] = asyncio.Queue()
         cancelled = threading.Event()
@@ -71,7 +109,7 @@ class EmbeddedEngine:
             try:
                 if self._model.exception() is not None:
                     raise EngineUnavailable("the checkpoint could not be loaded")
-                for piece in self._model.result().generate(conversation, sampling, stopped):
+                for piece in self._model.result().generate(conversation, sampling, salt, stopped):
                     send(piece)
                 if stopped():
                     send(EngineUnavailable("the engine is shutting down"))
@@ -101,36 +139,13 @@ class EmbeddedEngine:
             cancelled.set()
             job.cancel()
 
-    async def status(self) -> EngineStatus:
-        """Ready once the checkpoint is loaded."""
-        if not self._model.done():
-            return EngineStatus(False, self._checkpoint, "loading the checkpoint")
-        error = self._model.exception()
-        if error is not None:
-            return EngineStatus(False, self._checkpoint, f"{type(error).__name__}: {error}")
-        return EngineStatus(not self._closed.is_set(), self._checkpoint)
-
-    async def loaded(self) -> None:
-        """Wait until the checkpoint is loaded.
-
-        Raises:
-            EngineUnavailable: it cannot be loaded; the message says why.
-        """
-        try:
-            await asyncio.wrap_future(self._model)
-        except Exception as error:  # transformers raises many kinds; each means the same here
-            raise EngineUnavailable(f"{self._checkpoint} cannot be loaded: {error}") from error
-
-    async def aclose(self) -> None:
-        """End what runs and give the thread back."""
-        self._closed.set()
-        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
-
 
 @dataclass(slots=True)
 class _Kept:
     """A conversation whose keys and values are kept."""
 
+    salt: str
+    """Whose it is: only conversations of the same salt go on from it."""
     ids: list[int]
     """Its tokens; those of images are replaced by a number that stands for the image's bytes."""
     cache: Any
@@ -175,7 +190,7 @@ class _Model:
         )
 
     def generate(
-        self, conversation: Conversation, sampling: Sampling, stopped: Callable[[], bool]
+        self, conversation: Conversation, sampling: Sampling, salt: str, stopped: Callable[[], bool]
     ) -> Iterator[Delta | Generation]:
         """Yield deltas and the generation; nothing more once ``stopped`` says so."""
         import torch
@@ -188,7 +203,7 @@ class _Model:
             ids, keys = self._tokens(conversation, views, grids)
             if len(ids) >= self.context:
                 raise ContextTooLong("the conversation is longer than the engine's context", param="max_visual_tokens")
-            kept, common = self._take(keys)
+            kept, common = self._take(salt, keys)
             logits, following = self._read(ids, grids, pixels, kept, common)
             text = _Text(self.tokenizer)
             chooser = _Chooser(sampling)
@@ -212,7 +227,7 @@ class _Model:
                 logits = self._step(token, following, kept)
                 following += 1
             done = kept.cache.get_seq_length()
-            self._keep(_Kept((keys + written)[:done], kept.cache))
+            self._keep(_Kept(salt, (keys + written)[:done], kept.cache))
             if stopped():
                 return
             image_tokens = sum(token == self.image_pad for token in ids)
@@ -223,8 +238,7 @@ class _Model:
             return None, None
         images = []
         for view in views:
-            image = decode_image(view.data)
-            images.append(to_srgb(image.pixels, image.profile))
+            images.append(pixels(view.data, Limits(), Stop(DECODE_SECONDS)))
         inputs = self.processor(images=images, return_tensors="pt")
         return inputs["image_grid_thw"], inputs["pixel_values"].to(self.network.device)
 
@@ -252,8 +266,8 @@ class _Model:
             image += 1
         return ids, keys
 
-    def _take(self, keys: list[int]) -> tuple[_Kept, int]:
-        """Take the kept conversation that shares the longest beginning, cut down to it; an empty one if none shares any.
+    def _take(self, salt: str, keys: list[int]) -> tuple[_Kept, int]:
+        """Take the kept conversation of this salt that shares the longest beginning, cut down to it; an empty one if none does.
 
         One that would lose something is left as it is and copied: all conversations begin alike, and a new one must not cost
         another its image. The last token is always computed anew: its logits are what generation starts from.
@@ -261,23 +275,23 @@ class _Model:
         from transformers import DynamicCache
 
         best, common = None, 0
-        for kept in self.kept:
+        for kept in (other for other in self.kept if other.salt == salt):
             shared = _common(kept.ids, keys[:-1])
             if shared > common:
                 best, common = kept, shared
         if best is None:
-            return _Kept([], DynamicCache(config=self.network.config.text_config)), 0
+            return _Kept(salt, [], DynamicCache(config=self.network.config.text_config)), 0
         surplus = best.cache.get_seq_length() - common
         if not surplus:
             self.kept.remove(best)
             return best, common
         copy = deepcopy(best.cache)
         copy.crop(-surplus)  # the number of tokens to remove, negative (transformers 5.23)
-        return _Kept([], copy), common
+        return _Kept(salt, [], copy), common
 
     def _keep(self, kept: _Kept) -> None:
         # What it goes on from, or repeats, would be kept twice.
-        others = [other for other in self.kept if kept.ids[: len(other.ids)] != other.ids]
+        others = [other for other in self.kept if other.salt != kept.salt or kept.ids[: len(other.ids)] != other.ids]
         self.kept = [*others[1 - KEPT_CONVERSATIONS :], kept]
 
     def _read(self, ids: list[int], grids: Any, pixels: Any, kept: _Kept, common: int) -> tuple[Tensor, int]:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
-from ergo_server.engine.base import Delta, EngineStatus, FinishReason, Generation, Sampling, Usage
+from ergo_server.engine.base import Delta, EngineStatus, FinishReason, Generation, Sampling, Usage, within
 from ergo_server.errors import EngineError
 from ergo_server.protocol.conversation import Conversation
 
@@ -32,10 +32,28 @@ class ScriptedEngine:
     running: int = 0
     """Generations under way."""
 
-    async def generate(
-        self, conversation: Conversation, sampling: Sampling, *, session: str = "", salt: str = ""
+    def generate(
+        self,
+        conversation: Conversation,
+        sampling: Sampling,
+        *,
+        session: str = "",
+        salt: str = "",
+        deadline: float | None = None,
     ) -> AsyncGenerator[Delta | Generation, None]:
-        """Replay one reply."""
+        """Replay one reply. It has no cache that a salt could part."""
+        return within(deadline, self._replay(conversation, sampling, session))
+
+    async def status(self) -> EngineStatus:
+        """Ready, as told."""
+        return EngineStatus(self.ready, "scripted")
+
+    async def aclose(self) -> None:
+        """Nothing to give back."""
+
+    async def _replay(
+        self, conversation: Conversation, sampling: Sampling, session: str
+    ) -> AsyncGenerator[Delta | Generation, None]:
         self.calls.append((conversation, sampling, session))
         reply = self.script(conversation, sampling)
         self.running += 1
@@ -50,13 +68,6 @@ class ScriptedEngine:
             yield Generation(text, reason, _usage(conversation, len(pieces)))
         finally:
             self.running -= 1
-
-    async def status(self) -> EngineStatus:
-        """Ready, as told."""
-        return EngineStatus(self.ready, "scripted")
-
-    async def aclose(self) -> None:
-        """Nothing to give back."""
 
 
 def _ended(reply: str, sampling: Sampling) -> tuple[str, FinishReason]:

@@ -8,8 +8,13 @@ Facts this file rests on (measured on vLLM 0.32, research of this project):
     * A model's generation_config.json fills in sampling parameters that a request leaves out: all are sent, always.
     * With its LRU image cache, a request that is refused or cancelled after its image was processed leaves the cache
       inconsistent: the next request with that image gets one ``500 Internal server error`` before any token, and the one
-      after that works (vllm-project/vllm #43941). Hence one retry with full data.
-    * When the client closes the connection, the request is aborted within a tenth of a second.
+      after that works (vllm-project/vllm #43941). Hence one retry with full data, within a budget.
+    * When the client closes the connection, the request is aborted within a tenth of a second. No field and no header tells vLLM
+      a deadline: closing is how it learns that one has passed.
+    * ``cache_salt`` goes into the hash of a prompt's first block: under another salt nothing of a prefix is found, and
+      ``cached_tokens`` are 0. It must be a non-empty string of at most 128 characters without ``@``, ``/``, ``\\`` and NUL.
+    * The caches of images, processed and encoded, are not salted. No ``uuid`` is ever sent, so their only key is the hash of an
+      image's bytes: nobody gets another's features. Whoever has the very bytes can still tell by timing that they were seen.
 """
 
 from __future__ import annotations
@@ -21,7 +26,8 @@ from typing import Any
 
 import httpx2
 
-from ergo_server.engine.base import Delta, EngineStatus, Generation, Sampling, Usage
+from ergo_server.engine.base import Delta, EngineStatus, Generation, Sampling, Usage, within
+from ergo_server.engine.retries import RetryBudget
 from ergo_server.errors import (
     ContextTooLong,
     EngineBusy,
@@ -60,6 +66,7 @@ class VllmEngine:
         api_key: sent as bearer token, if the server wants one.
         session_headers: names under which the session key is sent, for the routers in use.
         max_connections: most requests in flight; more wait for one to end.
+        retries: how many failures before any token may be met with a second attempt; None: a budget with the usual numbers.
         transport: replaces the network in tests.
     """
 
@@ -73,11 +80,13 @@ class VllmEngine:
         api_key: str | None = None,
         session_headers: tuple[str, ...] = ("x-session-id",),
         max_connections: int = 256,
+        retries: RetryBudget | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self._given_model = model
         self._model = model
         self._session_headers = session_headers
+        self._retries = retries or RetryBudget()
         self._client = httpx2.AsyncClient(
             base_url=url.rstrip("/"),
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
@@ -87,21 +96,17 @@ class VllmEngine:
             transport=transport,
         )
 
-    async def generate(
-        self, conversation: Conversation, sampling: Sampling, *, session: str = "", salt: str = ""
+    def generate(
+        self,
+        conversation: Conversation,
+        sampling: Sampling,
+        *,
+        session: str = "",
+        salt: str = "",
+        deadline: float | None = None,
     ) -> AsyncGenerator[Delta | Generation, None]:
         """Continue a conversation over ``POST /v1/chat/completions``, streaming."""
-        body = await self._body(conversation, sampling)
-        headers = {"content-type": "application/json"} | {name: session for name in self._session_headers if session}
-        for last in (False, True):
-            try:
-                async with contextlib.aclosing(self._attempt(body, headers)) as pieces:
-                    async for piece in pieces:
-                        yield piece
-                return
-            except _Retryable as failed:
-                if last or self._client.is_closed:
-                    raise failed.error from failed
+        return within(deadline, self._generate(conversation, sampling, session, salt))
 
     async def status(self) -> EngineStatus:
         """Ask ``/health`` and, once, ``/v1/models``."""
@@ -121,7 +126,23 @@ class VllmEngine:
 
     # --- the request --------------------------------------------------------------------------------------------------
 
-    async def _body(self, conversation: Conversation, sampling: Sampling) -> bytes:
+    async def _generate(
+        self, conversation: Conversation, sampling: Sampling, session: str, salt: str
+    ) -> AsyncGenerator[Delta | Generation, None]:
+        body = await self._body(conversation, sampling, salt)
+        headers = {"content-type": "application/json"} | {name: session for name in self._session_headers if session}
+        self._retries.earn()
+        for last in (False, True):
+            try:
+                async with contextlib.aclosing(self._attempt(body, headers)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+                return
+            except _Retryable as failed:
+                if last or self._client.is_closed or not self._retries.take():
+                    raise failed.error from failed
+
+    async def _body(self, conversation: Conversation, sampling: Sampling, salt: str) -> bytes:
         body = {
             "model": await self._served_model(),
             "messages": [_message(message) for message in conversation.messages],
@@ -138,7 +159,7 @@ class VllmEngine:
             "include_stop_str_in_output": True,
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        }
+        } | ({"cache_salt": salt} if salt else {})
         return json.dumps(body).encode()
 
     async def _served_model(self) -> str:

@@ -1,200 +1,260 @@
-"""Bytes to pixels: upright, bounded, one frame.
+"""Bytes to pixels, with libvips: only as many as are needed, row by row where the format allows it.
 
 What comes out is defined for every kind of file that is let in:
 
     ==================  ================================================================================================
-    orientation         EXIF's eight orientations are applied first; every coordinate afterwards is in the upright frame
-    alpha, tRNS         composited on white (a transparent pixel's hidden colour is never seen)
+    orientation         EXIF's eight orientations; every coordinate outside of this file is in the upright frame
+    alpha, tRNS         composited on white before anything is resized (a hidden colour is never seen)
     palette, 1 bit      expanded before anything is resized
-    16 bit grey         scaled to 8 bit, not truncated
-    CMYK, ICC profile   converted to sRGB through the profile; CMYK without one by Pillow's plain formula
+    16 bit              scaled to 8 bit, not truncated
+    CMYK, ICC profile   kept until the view is made, and converted to sRGB there
     animation           the first frame
     ==================  ================================================================================================
 
-Size and format are read from the header, and limits are checked there, before a single pixel is decoded. A JPEG can be
-decoded at a half, a quarter or an eighth of its size (DCT scaling, libjpeg), which is what makes the overview of a large
-photograph cheap; the full decode can then run while the engine is busy with the zoom turn.
+A JPEG is decoded at a half, a quarter or an eighth of its size (DCT scaling, libjpeg) as long as that leaves twice what is
+wanted: 52 dB on photographs against a full decode, where leaving once as much gives 44 (research of this project). A WebP
+likewise. The loaders that take a *source* do not copy the file, nor hold Python's lock while they do.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
+import logging
 from dataclasses import dataclass
+from typing import IO, Any, Literal, cast
 
-from PIL import Image, ImageChops, ImageCms
+import pyvips
+from PIL import Image
+from pyvips import voperation
 
-from ergo_server.errors import ImageAspect, ImageTooLarge, ImageUnreadable, ImageUnsupported
-from ergo_server.imaging.geometry import MAX_ASPECT, Size
+from ergo_server.errors import ErgoError, ImageTooLarge, ImageUnreadable
+from ergo_server.imaging.encoded import Cancelled, ImageFile, Reader, Stop
+from ergo_server.imaging.geometry import Box, Size
+from ergo_server.imaging.heading import ImageHeader
 
-MAX_PIXELS = 128_000_000
-"""Largest image: the 108-megapixel photographs of telephones fit, and 384 MB of decoded RGB are the bound on memory."""
+Kernel = Literal["cubic", "lanczos3"]
 
-FORMATS = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
-"""Pillow's decoders that hostile bytes may reach. Pillow knows some forty; most are old code that nobody's camera writes."""
+ENOUGH = 2
+"""A reduced decode leaves at least so many times the size that is wanted, on both axes."""
 
-_ORIENTATION_TAG = 0x0112
+_PILLOW = {"cubic": Image.Resampling.BICUBIC, "lanczos3": Image.Resampling.LANCZOS}
 
-# Transpositions that make an image upright, by EXIF orientation (CIPA DC-008, 4.6.5.1.6).
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-# Pillow's own bomb check warns above 89 MP and raises above 179 MP, whatever max_pixels says. Ours is made from the same header
-# right after, with a message that names the limit.
-Image.MAX_IMAGE_PIXELS = None
-
-
-@dataclass(frozen=True, slots=True)
-class ImageHeader:
-    """What the header alone says of an image."""
-
-    size: Size
-    """Upright width and height."""
-    format: str
-    """jpeg, png, webp, gif or bmp; found from the bytes, whatever the sender called them."""
-    orientation: int
-    """EXIF orientation, 1 to 8."""
+# Settings of the library for the whole process: one thread an operation, as there are as many operations at a time as cores; no
+# cache of operations, which would keep strangers' pixels; and only the loaders that are named here, as most others are old code.
+voperation.concurrency_set(1)
+pyvips.cache_set_max(0)
+for _kind, _blocked in (
+    ("VipsForeignLoad", True),
+    *((f"VipsForeignLoad{name}", False) for name in ("Jpeg", "Png", "Webp", "Nsgif")),
+):
+    pyvips.operation_block_set(_kind, _blocked)
+logging.getLogger("pyvips").setLevel(logging.WARNING)  # at DEBUG it writes every call with its arguments
 
 
 @dataclass(frozen=True, slots=True)
-class DecodedImage:
-    """Upright pixels of an image, in its own colours: `view` converts what it cuts to sRGB, not the whole."""
+class Pixels:
+    """All pixels of an image as they stand in the file: 8 bit; L, RGB or CMYK."""
 
-    header: ImageHeader
-    pixels: Image.Image
-    """Mode L, RGB or CMYK; smaller than ``header.size`` when decoded at reduced size."""
+    image: pyvips.Image
     profile: bytes | None
-    """The ICC profile, if the file has one."""
 
 
-def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
-    """Read size, format and orientation without decoding pixels.
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A part of an image, resized; not upright yet, in the colours of its profile."""
+
+    image: Image.Image
+    """Mode L, RGB or CMYK."""
+    profile: bytes | None
+
+
+def keeps(header: ImageHeader) -> bool:
+    """Say whether decoding the image as a whole, to keep it, is cheaper than decoding a part of it later.
+
+    A JPEG that is written by the row is decoded again from its file: down to the part's lower edge, at reduced size, in 3 % of
+    the memory. All others take as long for a part as for the whole.
+    """
+    return not (header.format == "jpeg" and header.by_row)
+
+
+def reduces(header: ImageHeader) -> bool:
+    """Say whether a small view takes less decoding than all pixels do. Where it does not, one decode serves all views."""
+    return header.format in ("jpeg", "webp")
+
+
+def load(file: ImageFile, header: ImageHeader, stop: Stop) -> Pixels:
+    """Decode all pixels.
 
     Raises:
-        ImageUnreadable: the bytes are no image, or the header is broken.
-        ImageUnsupported: an image of a format outside `FORMATS`.
-        ImageTooLarge: more than ``max_pixels`` pixels.
-        ImageAspect: an aspect ratio above 200.
+        ImageUnreadable: the file is truncated or corrupt.
+        ImageTooLarge: a progressive JPEG has too many scans.
+        ImageTooSlow, Cancelled: see `Stop`.
     """
-    with _opened(data) as image:
-        return _header(image, max_pixels)
+    with _opened(file, header, 1, stop) as opened:
+        image, profile = opened
+        pixels = _evaluated(image, stop)
+        kept = pyvips.Image.new_from_memory(pixels, image.width, image.height, image.bands, "uchar")
+        return Pixels(kept.copy(interpretation=image.interpretation), profile)
 
 
-def decode_image(data: bytes, *, at_least: Size | None = None, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-    """Decode an image, upright.
+def cut(source: ImageFile | Pixels, header: ImageHeader, box: Box, size: Size, kernel: Kernel, stop: Stop) -> Cut:
+    """Cut a part out of an image and resize it.
 
     Args:
-        data: the file.
-        at_least: upright size that the caller will shrink to. A JPEG is then decoded at the largest DCT reduction that still
-            leaves both sides at or above it; other formats ignore it.
-        max_pixels: limit on width × height, checked from the header.
+        source: the file, whole or still arriving, or its pixels.
+        header: of the file.
+        box: the part, in the frame of the file: before the image is turned upright; inside the image.
+        size: of the result, in the same frame.
+        kernel: of the resizing; antialiased.
+        stop: what ends the work early.
 
     Raises:
-        ImageError: as `read_header`, and ImageUnreadable for truncated or corrupt pixels.
+        ImageUnreadable, ImageTooLarge, ImageTooSlow, Cancelled: as `load`.
     """
-    with _opened(data) as image:
-        header = _header(image, max_pixels)
-        try:
-            if at_least is not None and header.format == "jpeg":
-                image.draft(None, at_least if header.orientation < 5 else at_least[::-1])
-            image.load()
-            profile = image.info.get("icc_profile")
-            pixels = _plain(image)
-            if header.orientation in _UPRIGHT:
-                pixels = pixels.transpose(_UPRIGHT[header.orientation])
-        except Exception as error:  # decoders of hostile bytes raise anything: OSError, ValueError, struct.error, …
-            raise ImageUnreadable("the image is truncated or corrupt", param="image") from error
-        return DecodedImage(header, pixels, profile if isinstance(profile, bytes) else None)
+    if isinstance(source, Pixels):
+        return Cut(_resized(source.image, header.stored, box, size, kernel, stop), source.profile)
+    with _opened(source, header, _reduction(header, box.size, size), stop) as opened:
+        image, profile = opened
+        return Cut(_resized(image, header.stored, box, size, kernel, stop), profile)
 
 
-def to_srgb(pixels: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert pixels of mode L, RGB or CMYK to sRGB through their ICC profile, or plainly where that is missing or broken."""
-    if profile is not None:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            target = ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(pixels, source, target, outputMode="RGB")
-            if converted is not None:
-                return converted
-        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            pass  # a broken profile, or one for another mode, says nothing about the colours: treated as absent
-    return pixels if pixels.mode == "RGB" else pixels.convert("RGB")
+def _reduction(header: ImageHeader, part: Size, size: Size) -> int:
+    """How many times smaller the file may be decoded."""
+    allowed = {"jpeg": (8, 4, 2), "webp": (8, 7, 6, 5, 4, 3, 2)}.get(header.format, ())
+    return next((k for k in allowed if all(have >= k * ENOUGH * want for have, want in zip(part, size, strict=True))), 1)
 
 
-def _opened(data: bytes) -> Image.Image:
+def _resized(image: pyvips.Image, stored: Size, box: Box, size: Size, kernel: Kernel, stop: Stop) -> Image.Image:
+    """Cut ``box``, given in pixels of the full size, out of an image that may be decoded smaller, and resize it."""
+    across, down = image.width / stored.width, image.height / stored.height
+    left, top, right, bottom = box.x1 * across, box.y1 * down, box.x2 * across, box.y2 * down
+    x, y = int(left), int(top)
+    width, height = min(image.width, -int(-right // 1)) - x, min(image.height, -int(-bottom // 1)) - y
+    whole = (left, top, right - left, bottom - top) == (x, y, width, height)
+    if (width, height) != (image.width, image.height):
+        image = image.crop(x, y, width, height)
+    if whole and width >= size.width and height >= size.height:
+        image = image.resize(size.width / width, vscale=size.height / height, kernel=kernel, gap=0)
+        return _pillow(image, stop)
+    # libvips shifts what it enlarges by part of a pixel (38 to 42 dB), and knows no fractions of a pixel; Pillow does better.
+    edges = (left - x, top - y, min(width, right - x), min(height, bottom - y))
+    return _pillow(image, stop).resize(size, _PILLOW[kernel], box=edges)
+
+
+def _pillow(image: pyvips.Image, stop: Stop) -> Image.Image:
+    mode = {1: "L", 3: "RGB", 4: "CMYK"}[image.bands]
+    return Image.frombuffer(mode, (image.width, image.height), _evaluated(image, stop), "raw", mode, 0, 1)
+
+
+def _evaluated(image: pyvips.Image, stop: Stop) -> Any:
+    """Have the pixels made: until here nothing was decoded but the header. Returns a buffer."""
+
+    def step(running: pyvips.Image, progress: object) -> None:
+        if stop.over:
+            running.set_kill(True)
+
+    image.set_progress(True)
+    image.signal_connect("eval", step)
+    return image.write_to_memory()
+
+
+@contextlib.contextmanager
+def _opened(file: ImageFile, header: ImageHeader, reduction: int, stop: Stop) -> Any:
+    """Open a file as an image of 8 bit in L, RGB or CMYK, and its profile; what goes wrong within is an `ErgoError`."""
+    feed = _Feed(file, header.max_scans if header.format == "jpeg" else None, stop)
     try:
-        return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name != "MPO"])  # opened as JPEG
-    except Exception as error:
-        if _is_other_format(data):
-            raise ImageUnsupported(f"the image is in a format other than {_names()}", param="image") from error
-        raise ImageUnreadable(f"the bytes are not an image ({_names()})", param="image") from error
+        stop.check()
+        image = _bmp(file, stop) if header.format == "bmp" else _loaded(file, header, reduction, feed)
+        has_profile = image.get_typeof("icc-profile-data") != 0
+        yield _plain(image), bytes(image.get("icc-profile-data")) if has_profile else None
+    except (ErgoError, Cancelled):
+        raise
+    except Exception as error:  # libvips has one exception for all, Pillow any; what ended the decode is known elsewhere
+        stop.check()
+        raise feed.failure or ImageUnreadable("the image is truncated or corrupt", param="image") from error
+    finally:
+        feed.close()
 
 
-def _is_other_format(data: bytes) -> bool:
-    """Say whether the first bytes are those of a known image format outside the allowlist; nothing is decoded."""
-    start = data[:16]
-    magic = (b"II*\0", b"MM\0*", b"8BPS", b"\0\0\x01\0", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51", b"%PDF", b"P5", b"P6", b"qoif")
-    return start.startswith(magic) or start[4:12] in (b"ftypavif", b"ftypheic", b"ftypmif1", b"ftypheix") or b"<svg" in data[:512]
+def _loaded(file: ImageFile, header: ImageHeader, reduction: int, feed: _Feed) -> pyvips.Image:
+    options: dict[str, Any] = {"access": "sequential", "fail_on": "truncated"}
+    progressive = header.format == "jpeg" and not header.by_row
+    # A source of our own can be cut off in the middle, which the start of a progressive JPEG cannot otherwise be.
+    source = pyvips.Source.new_from_memory(file.data) if file.whole and not progressive else feed.source()
+    stored = header.stored
+    if header.format == "jpeg":
+        image = pyvips.Image.jpegload_source(source, shrink=reduction, **options)
+        expected = Size(stored.width // reduction, stored.height // reduction)
+    elif header.format == "webp":
+        image = pyvips.Image.webpload_source(source, scale=1 / reduction, **options)
+        expected = Size(round(stored.width / reduction), round(stored.height / reduction))
+    else:
+        load = {"png": pyvips.Image.pngload_source, "gif": pyvips.Image.gifload_source}[header.format]
+        image, expected = load(source, **options), stored
+    if abs(image.width - expected.width) > (reduction > 1) or abs(image.height - expected.height) > (reduction > 1):
+        raise ImageUnreadable("the image is larger than its header says", param="image")
+    return image
 
 
-def _header(image: Image.Image, max_pixels: int) -> ImageHeader:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageTooLarge(f"the image has {width} x {height} pixels; the limit is {max_pixels:,} in all", param="image")
-    orientation = _orientation(image)
-    size = Size(width, height) if orientation < 5 else Size(height, width)
-    if min(size) < 1:
-        raise ImageUnreadable("the image has no pixels", param="image")
-    if size.aspect > MAX_ASPECT:
-        raise ImageAspect(
-            f"the image is {width} x {height} pixels; the longer side may be at most {MAX_ASPECT} times the shorter",
-            param="image",
-        )
-    return ImageHeader(size, FORMATS[image.format or ""], orientation)
+def _bmp(file: ImageFile, stop: Stop) -> pyvips.Image:
+    """Decode a BMP, which libvips does not read here, with Pillow."""
+    with Image.open(cast(IO[bytes], Reader(file, stop)), formats=["BMP"]) as opened:
+        image = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
+    return pyvips.Image.new_from_memory(image.tobytes(), image.width, image.height, len(image.getbands()), "uchar")
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation from what opening alone has read; ``getexif`` on a PNG would decode the whole image."""
-    exif = Image.Exif()
-    try:
-        exif.load(image.info.get("exif", b""))
-        orientation = exif.get(_ORIENTATION_TAG, 1)
-    except Exception:  # a malformed EXIF block says nothing about the orientation; the pixels are still good
-        return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+def _plain(image: pyvips.Image) -> pyvips.Image:
+    """Put white behind transparency and scale 16 bit, before anything is resized."""
+    largest = 65535 if image.format == "ushort" else 255
+    if image.hasalpha():
+        image = image.flatten(background=[largest] * (image.bands - 1))
+    if largest != 255:
+        image = image.linear(1 / 257, 0.5, uchar=True)  # 65535 = 255 × 257; rounded, as uchar truncates
+    if image.format != "uchar" or image.bands not in (1, 3, 4) or (image.bands == 4) != (image.interpretation == "cmyk"):
+        raise ImageUnreadable("the image has pixels of a kind that is not read", param="image")
+    return image
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    """Return mode L, RGB or CMYK: palettes and bits expanded, 16 bit scaled, transparency on white."""
-    if image.mode.startswith("I"):
-        return _eight_bit(image)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    if image.mode in ("1", "L"):
-        return image.convert("L")
-    if image.mode in ("RGB", "CMYK"):
-        return image
-    return image.convert("RGB")
+class _Feed:
+    """Gives libvips the bytes of a file as they arrive, and no more once the decode must end or has had enough scans."""
 
+    def __init__(self, file: ImageFile, max_scans: int | None, stop: Stop) -> None:
+        self.failure: ErgoError | None = None
+        """Why it gave no more."""
+        self._file = file
+        self._stop = stop
+        self._max_scans = max_scans
+        self._scans = 0
+        self._at = 0
+        self._last = b""
+        self._source: pyvips.SourceCustom | None = None
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale 16 bit grey to mode L, white where the file says transparent; ``convert`` would clip at 255 in both."""
-    deep = image.convert("I")
-    grey = deep.point(lambda value: value * (255 / 65535) + 0.5).convert("L")
-    hidden = image.info.get("transparency")
-    if isinstance(hidden, int):
-        above, below = deep.point(lambda value: value - hidden), deep.point(lambda value: value * -1 + hidden)
-        shown = ImageChops.lighter(above.convert("L"), below.convert("L"))  # 0 where both clip to 0: the hidden value itself
-        grey.paste(255, mask=shown.point([255] + [0] * 255))
-    return grey
+    def source(self) -> pyvips.SourceCustom:
+        """Return it as libvips wants it."""
+        self._source = pyvips.SourceCustom()
+        self._source.on_read(self._read)
+        return self._source
 
+    def close(self) -> None:
+        """Let go."""
+        self._source = None
 
-def _names() -> str:
-    return ", ".join(dict.fromkeys(FORMATS.values()))
+    def _read(self, count: int) -> bytes:
+        """Called by libvips; an exception would be lost on the way through C, so the end of the file stands for it."""
+        if self.failure is not None:
+            return b""
+        try:
+            piece = self._file.read_at(self._at, count, self._stop)
+        except (ErgoError, Cancelled) as error:
+            self.failure = error if isinstance(error, ErgoError) else None
+            return b""
+        self._at += len(piece)
+        if self._max_scans is None:
+            return piece
+        # In a JPEG's data 0xFF is followed by 0 or a restart marker, so this pair begins a scan (or one of a preview's).
+        self._scans += (self._last + piece).count(b"\xff\xda")
+        self._last = piece[-1:]
+        if self._scans > self._max_scans:
+            self.failure = ImageTooLarge(f"the image has more than {self._max_scans} scans", param="image")
+            return b""
+        return piece

@@ -7,14 +7,27 @@ the answer turn finds the zoom turn's work only if it sends the very same ones (
 
 from __future__ import annotations
 
-import base64
 import io
 from dataclasses import dataclass
 
-from PIL import Image
+import pybase64
+from PIL import Image, ImageCms
 
-from ergo_server.imaging.decode import DecodedImage, to_srgb
+from ergo_server.imaging.decode import Cut, Kernel, Pixels, cut
+from ergo_server.imaging.encoded import ImageFile, Stop
 from ergo_server.imaging.geometry import Box, PixelBudget, Size, visual_tokens
+from ergo_server.imaging.heading import ImageHeader, Limits, read_header
+
+# Transpositions that make an image upright, by EXIF orientation (CIPA DC-008, 4.6.5.1.6).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,42 +49,100 @@ class View:
     @property
     def data_url(self) -> str:
         """The same bytes as a ``data:`` URL."""
-        return f"data:image/{self.format};base64," + base64.b64encode(self.data).decode("ascii")
+        return f"data:image/{self.format};base64," + pybase64.b64encode_as_string(self.data)
 
 
-def overview(image: DecodedImage, budget: PixelBudget) -> View:
+def overview(source: ImageFile | Pixels, header: ImageHeader, budget: PixelBudget, stop: Stop) -> View:
     """Return the whole image within the budget, resized bicubically as ERGO does.
 
     Args:
-        image: decoded at any size that is not below the view's.
+        source: the file, whole or still arriving, or its pixels.
+        header: of the file.
         budget: visual tokens the view may cost.
+        stop: what ends the work early.
+
+    Raises:
+        ImageUnreadable: the file is truncated or corrupt.
+        ImageTooLarge: a progressive JPEG has too many scans.
+        ImageTooSlow, Cancelled: see `Stop`.
     """
-    return _view(image.pixels, budget.view_size(image.header.size), Image.Resampling.BICUBIC, image.profile)
+    return _view(source, header, Box.whole(header.size), budget, "cubic", stop)
 
 
-def crop(image: DecodedImage, region: Box, budget: PixelBudget) -> View:
+def crop(source: ImageFile | Pixels, header: ImageHeader, region: Box, budget: PixelBudget, stop: Stop) -> View:
     """Return a region of the original within the budget, resized with Lanczos as ERGO does; never enlarged, but for the next
     multiple of 28 and the processor's minimum of four visual tokens.
 
     Args:
-        image: decoded at full size.
+        source: the file, or its pixels.
+        header: of the file.
         region: in upright original pixels, inside the image, with an aspect ratio of at most 200.
         budget: visual tokens the view may cost.
+        stop: what ends the work early.
 
     Raises:
-        ValueError: the image was decoded at reduced size, or the region is not inside it.
+        ValueError: the region is not inside the image.
+        ImageUnreadable, ImageTooLarge, ImageTooSlow, Cancelled: as `overview`.
     """
-    if image.pixels.size != tuple(image.header.size):
-        raise ValueError("a crop is cut from the image at full size")
-    if region.clamp(image.header.size) != region:
+    if region.clamp(header.size) != region:
         raise ValueError(f"{region.edges} is not inside the image")
-    return _view(image.pixels.crop(region.edges), budget.view_size(region.size), Image.Resampling.LANCZOS, image.profile)
+    return _view(source, header, region, budget, "lanczos3", stop)
 
 
-def _view(pixels: Image.Image, size: Size, resample: Image.Resampling, profile: bytes | None) -> View:
-    seen = to_srgb(pixels.resize(size, resample), profile)
+def pixels(data: bytes, limits: Limits, stop: Stop) -> Image.Image:
+    """Return all pixels of an encoded image, upright, in sRGB: what an engine in this process is given.
+
+    Raises:
+        ImageError: the bytes are no image, or none that is let in.
+        ImageTooSlow, Cancelled: see `Stop`.
+    """
+    file = ImageFile.of(data)
+    header = read_header(file, limits, stop)
+    whole = cut(file, header, Box.whole(header.stored), header.stored, "cubic", stop)
+    return _upright(whole, header.orientation)
+
+
+def to_srgb(pixels: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert pixels of mode L, RGB or CMYK to sRGB through their ICC profile, or plainly where that is missing or broken."""
+    if profile is not None:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            target = ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(pixels, source, target, outputMode="RGB")
+            if converted is not None:
+                return converted
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            pass  # a broken profile, or one for another mode, says nothing about the colours: treated as absent
+    return pixels if pixels.mode == "RGB" else pixels.convert("RGB")
+
+
+def _view(source: ImageFile | Pixels, header: ImageHeader, region: Box, budget: PixelBudget, kernel: Kernel, stop: Stop) -> View:
+    size = budget.view_size(region.size)
+    stored = size if header.orientation < 5 else Size(*size[::-1])
+    seen = cut(source, header, _as_stored(region, header), stored, kernel, stop)
+    return View(_encoded(seen, header.orientation), size)
+
+
+def _as_stored(box: Box, header: ImageHeader) -> Box:
+    """Return where a box of the upright image lies in the file."""
+    x1, y1, x2, y2 = box.edges
+    width, height = header.size
+    # Turned upright, left and right, top and bottom may have changed places, and the axes each other.
+    if header.orientation in (2, 3, 6, 7):
+        x1, x2 = width - x2, width - x1
+    if header.orientation in (3, 4, 7, 8):
+        y1, y2 = height - y2, height - y1
+    return Box(x1, y1, x2, y2) if header.orientation < 5 else Box(y1, x1, y2, x2)
+
+
+def _upright(seen: Cut, orientation: int) -> Image.Image:
+    image = seen.image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else seen.image
+    return to_srgb(image, seen.profile)
+
+
+def _encoded(seen: Cut, orientation: int) -> bytes:
     # Level 0: 2 ms for half a megapixel where the default level takes 119, and the larger bytes cross a local network only.
     # No profile: Pillow would embed the one it made for sRGB, whose header holds the second it was made in.
     with io.BytesIO() as file:
-        seen.save(file, "PNG", compress_level=0, icc_profile=None)
-        return View(file.getvalue(), size)
+        _upright(seen, orientation).save(file, "PNG", compress_level=0, icc_profile=None)
+        return file.getvalue()

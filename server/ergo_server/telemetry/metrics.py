@@ -7,12 +7,18 @@ negative, and a counter cannot fall. One process by design: the gateway scales b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import get_args
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from ergo_server import errors
+from ergo_server.engine.breaker import State
+from ergo_server.engine.retries import RetryOutcome
+from ergo_server.imaging.work import ImageWork
+from ergo_server.intake.fetch import FETCH_OUTCOMES, FetchOutcome
+from ergo_server.intake.store import ImageStore
 from ergo_server.pipeline import STAGES, ZOOM_OUTCOMES, Record, Result, TurnName
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -35,8 +41,11 @@ def _codes(error: type[errors.ErgoError]) -> Iterable[str]:
 
 
 OUTCOMES = ("ok", "cancelled", *dict.fromkeys(_codes(errors.ErgoError)))
-STATUSES = ("200", "400", "404", "405", "413", "415", "422", "499", "500", "502", "503", "504")
-METHODS = ("GET", "POST", "other")
+STATUSES = ("200", "400", "401", "404", "405", "408", "413", "415", "422", "429", "499", "500", "502", "503", "504")
+METHODS = ("GET", "POST", "DELETE", "other")
+
+Rejection = Literal["queue_full", "queue_timeout", "bytes_in_flight", "rate_limit", "token_budget", "concurrency", "draining"]
+"""Why a request was not let in; ``rate_limit``, ``token_budget`` and ``concurrency`` are limits of its tenant."""
 
 
 class Metrics:
@@ -100,7 +109,44 @@ class Metrics:
             registry=new,
             buckets=HIT_RATIOS,
         )
+        self.breaker = Gauge(
+            "ergo_circuit_breaker_state",
+            "1 at the state of the engine's circuit breaker, 0 at the others.",
+            ("state",),
+            registry=new,
+        )
+        self.retries = Counter(
+            "ergo_engine_retries",
+            "Requests that the engine failed before any token, by whether they were sent again.",
+            ("outcome",),
+            registry=new,
+        )
+        self.rejections = Counter(
+            "ergo_admission_rejections",
+            "Requests that were not let in, by the limit that was reached.",
+            ("reason",),
+            registry=new,
+        )
+        self.queued = Gauge("ergo_requests_queued", "Requests that wait for a place.", registry=new)
+        self.body_bytes = Gauge(
+            "ergo_body_bytes_in_flight", "Bytes of request bodies: announced, being read, or worked on.", registry=new
+        )
+        self.body_bytes_limit = Gauge("ergo_body_bytes_in_flight_limit_bytes", "Most bytes of request bodies.", registry=new)
+        self.auth_failures = Counter(
+            "ergo_auth_failures", "Requests without a known API key, by whether they brought one.", ("reason",), registry=new
+        )
+        self.image_memory = Gauge("ergo_image_memory_bytes", "Memory reserved for decoding and kept pixels.", registry=new)
+        self.image_memory_limit = Gauge("ergo_image_memory_limit_bytes", "Most that may be reserved.", registry=new)
+        self.image_threads = Gauge("ergo_image_threads_busy", "Threads that decode, or wait for bytes to decode.", registry=new)
+        self.stored_images = Gauge("ergo_stored_images", "Uploaded images kept.", registry=new)
+        self.stored_image_bytes = Gauge("ergo_stored_image_bytes", "Bytes of the uploaded images kept.", registry=new)
         self.answers = Counter("ergo_answers", "Answers by how they could be read.", ("parse",), registry=new)
+        self.image_fetches = Counter(
+            "ergo_image_fetches",
+            "Remote images by how the fetch ended: ok, why it was refused, or how it failed.",
+            ("outcome",),
+            registry=new,
+        )
         self._initialise()
 
     def observe(self, record: Record) -> None:
@@ -118,6 +164,39 @@ class Metrics:
     def refuse(self, outcome: str) -> None:
         """Count a question that ended before a pipeline had it: its body is wrong, or its caller left while sending."""
         self.requests.labels(NO_POLICY, outcome if outcome in OUTCOMES else errors.ErgoError.code).inc()
+
+    def watch(self, state: Callable[[], State]) -> None:
+        """Show the circuit breaker's state, which is asked for whenever the metrics are: open becomes half open by itself."""
+        for name in get_args(State):
+            self.breaker.labels(name).set_function(partial(_is, state, name))
+
+    def watch_admission(self, queued: Callable[[], float], body_bytes: Callable[[], float], limit: int) -> None:
+        """Show who waits, and what bodies hold, as they are whenever the metrics are asked for.
+
+        Args:
+            queued: returns the number of requests that wait.
+            body_bytes: returns the bytes reserved.
+            limit: most of them.
+        """
+        self.queued.set_function(queued)
+        self.body_bytes.set_function(body_bytes)
+        self.body_bytes_limit.set(limit)
+
+    def retry(self, outcome: RetryOutcome) -> None:
+        """Count a request that the engine failed before any token."""
+        self.retries.labels(outcome).inc()
+
+    def watch_images(self, work: ImageWork, store: ImageStore) -> None:
+        """Show what decoding and the kept images hold, asked for whenever the metrics are."""
+        self.image_memory_limit.set(work.memory.total)
+        self.image_memory.set_function(lambda: work.memory.in_use)
+        self.image_threads.set_function(lambda: work.busy)
+        self.stored_images.set_function(lambda: store.count)
+        self.stored_image_bytes.set_function(lambda: store.bytes)
+
+    def fetched(self, outcome: FetchOutcome) -> None:
+        """Count the end of a fetch."""
+        self.image_fetches.labels(outcome).inc()
 
     def observe_http(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count one HTTP exchange; what is not in the closed sets becomes ``other``."""
@@ -171,8 +250,22 @@ class Metrics:
             self.completion_tokens.labels(turn)
             for cached in ("true", "false"):
                 self.prompt_tokens.labels(turn, cached)
+        for state in get_args(State):
+            self.breaker.labels(state)
+        for retry in get_args(RetryOutcome):
+            self.retries.labels(retry)
+        for reason in get_args(Rejection):
+            self.rejections.labels(reason)
+        for failure in ("missing", "invalid"):
+            self.auth_failures.labels(failure)
         for parse in ("tagged", "untagged", "empty", "truncated"):
             self.answers.labels(parse)
+        for fetch in FETCH_OUTCOMES:
+            self.image_fetches.labels(fetch)
+
+
+def _is(state: Callable[[], State], name: State) -> float:
+    return float(state() == name)
 
 
 def _parse(result: Result) -> str:
