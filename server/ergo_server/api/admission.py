@@ -1,9 +1,9 @@
 """Who is let in, and when: the key, the tenant's limits, and a place among those that are worked on.
 
-All of it is decided before the body is read, so that saying no costs next to nothing. What is refused here is 401 without a known
-key, 429 where the tenant has used up its share, and 503 where the server as a whole has as much work as it takes. While a request
-waits for a place its body is read ahead, within the bytes reserved for it: otherwise nobody would notice that its caller has gone
-(uvicorn stops reading the socket while the body is not asked for, and does not see the end of the connection then).
+What is refused here is 401 without a known key, 429 where the tenant has used up its share, and 503 where the server as a whole
+has as much work as it takes: all that is known from the head is said before the body is read, so that saying no costs next to
+nothing. A place is taken when the body has arrived, not before: who sends slowly, or never, holds a connection and no work. Its
+bytes are counted as they come; meanwhile the routes may look at them.
 """
 
 from __future__ import annotations
@@ -78,14 +78,28 @@ class Gate:
         """Let nobody in from now on. Who is in, or waits, is served."""
         self.draining = True
 
+    def knock(self, length: int) -> None:
+        """Refuse, before its body is read, what would not be let in now.
+
+        Args:
+            length: bytes of the body, as announced. Not reserved: else who announces much and sends little would keep others out.
+
+        Raises:
+            Refused: the server is stopping, too many wait already, or the bytes would not fit.
+        """
+        if self.draining:
+            raise self._refused("draining", "the server is stopping", DRAIN_RETRY_SECONDS)
+        if not self._free and self.queued >= self._max_queued:
+            raise self._full()
+        self._fits(length)
+
     def reserve(self, count: int) -> None:
         """Reserve bytes of a body; give them back with `release`.
 
         Raises:
             Refused: there are not so many left.
         """
-        if self.bytes + count > self.max_bytes:
-            raise self._refused("bytes_in_flight", f"the request bodies under way fill the {self.max_bytes:,} bytes for them")
+        self._fits(count)
         self.bytes += count
 
     def release(self, count: int) -> None:
@@ -99,16 +113,14 @@ class Gate:
             gone: awaited while waiting; returns when the caller has left.
 
         Raises:
-            Refused: the server is stopping, too many wait already, or it took too long.
+            Refused: too many wait already, or it took too long.
             ClientDisconnect: the caller has left.
         """
-        if self.draining:
-            raise self._refused("draining", "the server is stopping", DRAIN_RETRY_SECONDS)
         if self._free:  # nobody waits then: a place that becomes free goes to the first of them
             self._free -= 1
             return
         if self.queued >= self._max_queued:
-            raise self._refused("queue_full", "the server has as much work as it takes, and as many requests waiting")
+            raise self._full()
         place = asyncio.get_running_loop().create_future()
         self._queue.append(place)
         watch = asyncio.ensure_future(gone())
@@ -138,56 +150,62 @@ class Gate:
         else:
             self._free += 1
 
+    def _fits(self, count: int) -> None:
+        if self.bytes + count > self.max_bytes:
+            raise self._refused("bytes_in_flight", f"the request bodies under way fill the {self.max_bytes:,} bytes for them")
+
+    def _full(self) -> Refused:
+        return self._refused("queue_full", "the server has as much work as it takes, and as many requests waiting")
+
     def _refused(self, reason: Rejection, message: str, seconds: float | None = None) -> Refused:
         seconds = self._queue_seconds if seconds is None else seconds
         return Refused(reason, Overloaded, message, max(1.0, seconds * (0.5 + self._jitter())))
 
 
 class _Body:
-    """A request's body on its way in: counted against the gate's bytes, and read ahead while the request waits.
+    """A request's body on its way in: counted against the gate's bytes, and given a place at its end.
 
     Args:
         receive: where it comes from.
-        gate: whose bytes it takes.
-        max_bytes: read ahead no further; a longer body is refused by who reads it.
+        gate: whose bytes and places it takes.
     """
 
-    def __init__(self, receive: Receive, gate: Gate, max_bytes: int) -> None:
+    def __init__(self, receive: Receive, gate: Gate) -> None:
         self._receive = receive
         self._gate = gate
-        self._max_bytes = max_bytes
         self._reserved = 0
-        self._read = 0
-        self._ahead: deque[Message] = deque()
-
-    def reserve(self, count: int) -> None:
-        """Reserve bytes, until `close`. Raises `Refused`."""
-        self._gate.reserve(count)
-        self._reserved += count
+        self._entered = False
+        self._left: Message | None = None
 
     async def receive(self) -> Message:
-        """Return the next message, as the server underneath does. Raises `Refused` where a chunked body grows too big."""
-        return self._ahead.popleft() if self._ahead else await self._next()
+        """Return the next message, the last one of the body when there is a place for the request.
 
-    async def gone(self) -> None:
-        """Read ahead, and return when the caller has left. May be cancelled at any time; nothing is lost."""
-        while self._read <= self._max_bytes:
-            message = await self._next()
-            self._ahead.append(message)
-            if message["type"] == "http.disconnect":
-                return
-        await asyncio.Event().wait()
+        Raises:
+            Refused: the bytes have run out, or there is no place.
+        """
+        if self._left is not None:
+            return self._left
+        message = await self._receive()
+        size = len(message.get("body", b""))
+        self._gate.reserve(size)
+        self._reserved += size
+        if message["type"] == "http.request" and not message.get("more_body", False) and not self._entered:
+            try:
+                await self._gate.enter(self._gone)
+            except ClientDisconnect:
+                return self._left or message
+            self._entered = True
+        return message
 
     def close(self) -> None:
-        """Give back all that was reserved."""
+        """Give back all that was taken."""
         self._gate.release(self._reserved)
+        if self._entered:
+            self._gate.leave()
 
-    async def _next(self) -> Message:
-        message = await self._receive()
-        self._read += len(message.get("body", b""))
-        if self._read > self._reserved:
-            self.reserve(self._read - self._reserved)
-        return message
+    async def _gone(self) -> None:
+        """Return when the caller has left; nothing else is to come from it."""
+        self._left = await self._receive()
 
 
 class Admission:
@@ -199,7 +217,6 @@ class Admission:
         limits: what each tenant may use.
         gate: what the server as a whole takes on.
         metrics: where refusals are counted.
-        max_body_bytes: a body that says that it is longer needs no place: whoever reads it refuses it unread.
         open_metrics: answer ``/metrics`` without a key.
     """
 
@@ -211,7 +228,6 @@ class Admission:
         gate: Gate,
         metrics: Metrics,
         *,
-        max_body_bytes: int,
         open_metrics: bool,
     ) -> None:
         self.app = app
@@ -219,7 +235,6 @@ class Admission:
         self.limits = limits
         self.gate = gate
         self.metrics = metrics
-        self.max_body_bytes = max_body_bytes
         self.open = OPEN if open_metrics else OPEN - {"/metrics"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -240,44 +255,31 @@ class Admission:
             await self.app(scope, receive, send)
 
     async def _admit(self, tenant: Tenant, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand a request on, with its bytes and its place held until the last byte of the response is sent."""
+        later: Refused | None = None
+
         async def labelled(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *self.limits.headers(tenant)]
+                message["headers"] = [*message["headers"], *self.limits.headers(tenant), *_retry_ms(later)]
             await send(message)
 
+        async def counted() -> Message:
+            nonlocal later
+            try:
+                return await body.receive()
+            except Refused as refused:  # amid or after the body: for whoever reads it, an error like any other
+                self.metrics.rejections.labels(refused.reason).inc()
+                later = refused
+                raise refused.error from None
+
         try:
-            with self.limits.entered(tenant):
-                await self._pass(scope, receive, labelled)
+            with self.limits.entered(tenant), contextlib.closing(_Body(receive, self.gate)) as body:
+                self.gate.knock(int(dict(scope["headers"]).get(b"content-length", b"0")))
+                await self.app(scope, counted, labelled)
         except Refused as refused:
             self.metrics.rejections.labels(refused.reason).inc()
-            await self._refuse(refused.error, {"retry-after-ms": str(refused.retry_ms)}, scope, receive, labelled)
-
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand a request on, with its bytes and its place held until the last byte of the response is sent."""
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self.max_body_bytes:
-            await self.app(scope, receive, send)
-            return
-        with contextlib.closing(_Body(receive, self.gate, self.max_body_bytes)) as body:
-
-            async def counted() -> Message:
-                try:
-                    return await body.receive()
-                except Refused as refused:  # amid the body: for whoever reads it, an error like any other
-                    self.metrics.rejections.labels(refused.reason).inc()
-                    raise refused.error from None
-
-            body.reserve(int(length))
-            try:
-                await self.gate.enter(body.gone)
-            except ClientDisconnect:
-                if scope["path"] in QUESTIONS:
-                    self.metrics.refuse("cancelled")
-                raise
-            try:
-                await self.app(scope, counted, send)
-            finally:
-                self.gate.leave()
+            later = refused
+            await self._refuse(refused.error, {}, scope, receive, labelled)
 
     async def _refuse(self, error: ErgoError, headers: Mapping[str, str], scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] == "POST" and scope["path"] in QUESTIONS:
@@ -285,3 +287,8 @@ class Admission:
         response = respond(error, Request(scope))
         response.headers.update(headers)
         await response(scope, receive, send)
+
+
+def _retry_ms(refused: Refused | None) -> list[tuple[bytes, bytes]]:
+    """The finer form of Retry-After that OpenAI's clients look at first."""
+    return [(b"retry-after-ms", str(refused.retry_ms).encode())] if refused else []

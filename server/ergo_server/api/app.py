@@ -128,16 +128,8 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     _add_probes(app, engine, metrics, lambda: gate.draining)
     playground.install(app)
     errors.install(app)
+    app.add_middleware(Admission, keys=keys, limits=limits, gate=gate, metrics=metrics, open_metrics=settings.open_metrics)
     app.add_middleware(LimitBody, refused=metrics.refuse, limits=_body_limits(settings))
-    app.add_middleware(
-        Admission,
-        keys=keys,
-        limits=limits,
-        gate=gate,
-        metrics=metrics,
-        max_body_bytes=settings.max_body_bytes,
-        open_metrics=settings.open_metrics,
-    )
     app.add_middleware(Observe, metrics=metrics)
     app.state.connection_limits = _connection_limits(settings)
     app.state.ending = Ending(settings.drain_grace_seconds, settings.drain_seconds, gate.drain)

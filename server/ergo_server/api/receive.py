@@ -29,7 +29,8 @@ class BodyLimits:
 
 
 class LimitBody:
-    """Stands directly around the app, and raises through ``receive`` what is wrong with a body, so that its readers end.
+    """Raises through ``receive`` what is wrong with a body, so that its readers end. Stands outside of `Admission`, whose waiting
+    is no fault of the sender's.
 
     What a request's head shows is refused before anything is read. Only time spent waiting for the sender counts against it:
     while the server does not ask for more (it is busy, or the request waits for its turn) no limit runs.
