@@ -2,8 +2,10 @@
 #
 #   make run            start the server on the embedded default; HOST and PORT choose where (127.0.0.1, 8000)
 #   make test           all checks and tests, real vLLM included where its wheel runs
+#   make attack         what the internet may do to a server, done to it; takes minutes, prints what it measured
 #   make check          types, lint, format
 #   make bench          the gateway's own cost, and the prefix reuse
+#   make bench-images   the image path beside the naive one, from 2 to 108 megapixels (minutes)
 #   make train          train ergo-mini again (hours on two cores; RUN names the folder, and goes on where it stopped)
 #   make evaluate       the table of the model card, against a server that is already running at URL
 #
@@ -16,7 +18,7 @@ RUN ?= runs/ergo-mini
 URL ?= http://$(HOST):$(PORT)
 BIN := .venv/bin
 
-.PHONY: run test check bench train evaluate clean
+.PHONY: run test attack check bench train evaluate clean
 .DELETE_ON_ERROR:
 
 run: .venv/.embedded
@@ -25,6 +27,9 @@ run: .venv/.embedded
 test: .venv/.dev .venv-vllm/.tried check
 	$(BIN)/python -m pytest
 
+attack: .venv/.dev .venv-vllm/.tried
+	$(BIN)/python -m pytest -m attack -s tests/attack
+
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,6 +37,9 @@ check: .venv/.dev
 
 bench: .venv/.embedded
 	$(BIN)/python loadtests/bench_gateway.py
+
+bench-images: .venv/.dev
+	$(BIN)/python loadtests/bench_images.py
 
 train: .venv/.dev
 	$(BIN)/python -m ergo_train.train $(RUN)

@@ -151,11 +151,6 @@ class Settings(BaseSettings):
     max_scans: int = Field(
         default=Limits().max_scans, ge=1, description="scans of a progressive JPEG; encoders write about ten, each costs a pass"
     )
-    max_frames: int = Field(
-        default=Limits().max_frames,
-        ge=1,
-        description="frames of an animated WebP, of which the first is used; finding it costs the square of their number",
-    )
     max_metadata_bytes: int = Field(
         default=Limits().max_metadata_bytes,
         gt=0,

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import json
+import os
 import random
 import struct
 import subprocess
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import BOMBS, bmp_of_runs, chunk, encoded, gif_of_frames, jpeg_of_scans, png_with, progressive_of_scans, soft, zipped
 from PIL import Image
 
 from ergo_server.errors import ImageError, ImageTooLarge, ImageTooSlow, ImageUnreadable
@@ -32,13 +32,6 @@ from ergo_server.imaging.view import View, crop, overview
 
 MUTATIONS = 3000
 BUDGET = PixelBudget(16)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    """Return the file of an image."""
-    with io.BytesIO() as file:
-        image.save(file, kind, **options)
-        return file.getvalue()
 
 
 def header(data: bytes, **limits: int) -> ImageHeader:
@@ -52,116 +45,7 @@ def seen(data: bytes, seconds: float = 60, **limits: int) -> View:
     return overview(file, read_header(file, replace(Limits(), **limits), Stop(seconds)), BUDGET, Stop(seconds))
 
 
-@functools.cache
-def soft(width: int, height: int) -> Image.Image:
-    """Return an image without sharp edges."""
-    bands = [Image.effect_noise((8, 8), 120).resize((width, height), Image.Resampling.BICUBIC) for _ in "rgb"]
-    return Image.merge("RGB", bands)
-
-
 # --- files that lie -----------------------------------------------------------------------------------------------------------
-
-
-def chunk(kind: bytes, body: bytes) -> bytes:
-    """Return a PNG chunk."""
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png_with(*chunks: bytes) -> bytes:
-    """Return a small PNG with chunks in front of its pixels."""
-    data = encoded(Image.new("RGB", (64, 64)), "PNG")
-    return data[:33] + b"".join(chunks) + data[33:]
-
-
-@functools.cache
-def zipped(length: int) -> bytes:
-    """Return zeros, a thousandth as long as they were."""
-    return zlib.compress(bytes(length), 9)
-
-
-def jpeg_of_scans(repeats: int, width: int, height: int) -> bytes:
-    """Return a *sequential* JPEG that has a scan for each of its three components, and these as often as asked for."""
-    grey = encoded(Image.new("L", (width, height), 128), "JPEG")
-    tables, at = b"", 2
-    while (code := grey[at + 1]) != 0xDA:
-        end = at + 2 + int.from_bytes(grey[at + 2 : at + 4])
-        tables += grey[at:end] if code in (0xDB, 0xC4) else b""
-        at = end
-    data = grey[at + 2 + int.from_bytes(grey[at + 2 : at + 4]) : -2]
-    frame = b"\xff\xc0" + struct.pack(">HBHHB9B", 17, 8, height, width, 3, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0)
-    scans = b"".join(b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, number, 0, 0, 63, 0) + data for number in (1, 2, 3))
-    return b"\xff\xd8" + tables + frame + scans * repeats + b"\xff\xd9"
-
-
-def progressive_of_scans(count: int, side: int = 640) -> bytes:
-    """Return a legal progressive JPEG, grey all over, with up to 127 scans of a few bytes: one for each coefficient, then one
-    that refines each."""
-    quantization = b"\xff\xdb\0\x43\0" + b"\1" * 64
-    frame = b"\xff\xc2" + struct.pack(">HBHHBBBB", 11, 8, side, side, 1, 1, 0x11, 0)
-    codes = b"".join(b"\xff\xc4\0\x14" + bytes((kind, 1)) + bytes(15) + b"\0" for kind in (0x00, 0x10))  # "0": nothing, end
-    nothing = bytes(side // 8 * (side // 8) // 8)
-    steps = [(0, 0, 0x00), *((k, k, 0x01) for k in range(1, 64)), *((k, k, 0x10) for k in range(1, 64))]
-    scans = (b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, 1, 0, *step) + nothing for step in steps[:count])
-    return b"\xff\xd8" + quantization + frame + codes + b"".join(scans) + b"\xff\xd9"
-
-
-def gif_of_frames(count: int, size: tuple[int, int] = (1, 1)) -> bytes:
-    """Return a GIF of 64 × 64 with frames that claim a size, each 15 bytes long."""
-    frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, *size, 0) + b"\x02\x02\x44\x01\0"
-    return b"GIF89a" + struct.pack("<HHBBB", 64, 64, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff" + frame * count + b";"
-
-
-def webp_of_frames(count: int) -> bytes:
-    """Return an animated WebP of 8 × 8 with as many frames as asked for, each some 56 bytes long."""
-    data = encoded(Image.new("RGB", (8, 8)), "WEBP", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")])
-    start = data.index(b"ANMF")
-    end = start + 8 + int.from_bytes(data[start + 4 : start + 8], "little")
-    body = data[8:start] + data[start:end] * count
-    return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-def bmp_of_runs(side: int) -> bytes:
-    """Return a run-length encoded BMP whose every run is one pixel: Pillow decodes those in Python."""
-    row = b"".join(b"\x01" + bytes((x & 255,)) for x in range(side)) + b"\0\0"
-    palette = b"".join(bytes((i, i, i ^ 1, 0)) for i in range(256))
-    head = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(row) * side, 0, 0, 256, 0)
-    return b"BM" + struct.pack("<IHHI", 1078 + len(row) * side, 0, 0, 1078) + head + palette + row * side + b"\0\1"
-
-
-def honest(kind: str, mode: str, **options: object) -> bytes:
-    """Return a file of 12 megapixels."""
-    image = soft(4000, 3000)
-    return encoded(image.quantize(16) if mode == "P" else image.convert(mode), kind, **options)
-
-
-BOMBS: dict[str, Callable[[], bytes]] = {
-    "png: 60 texts of 1 MB": lambda: png_with(*(chunk(b"zTXt", b"k%d\0\0" % n + zipped(1_000_000)) for n in range(60))),
-    "png: 900 texts of 70 KB": lambda: png_with(*(chunk(b"zTXt", b"k%d\0\0" % n + zipped(70_000)) for n in range(900))),
-    "png: 500 texts of 8 MB": lambda: png_with(*(chunk(b"zTXt", b"k%d\0\0" % n + zipped(7_900_000)) for n in range(500))),
-    "png: international text of 60 MB": lambda: png_with(chunk(b"iTXt", b"k\0\1\0\0\0" + zipped(60_000_000))),
-    "png: profile of 100 MB": lambda: png_with(chunk(b"iCCP", b"k\0\0" + zipped(100_000_000))),
-    "gif: 1,000,000 frames": lambda: gif_of_frames(1_000_000),
-    "gif: 4,000,000 frames": lambda: gif_of_frames(4_000_000),
-    "gif: first frame beyond the canvas": lambda: gif_of_frames(1, (20_000, 20_000)),
-    "gif: second frame beyond the canvas": lambda: gif_of_frames(1)[:-1] + gif_of_frames(1, (20_000, 20_000))[19:],
-    "webp: 900 frames": lambda: webp_of_frames(900),
-    "webp: 100,000 frames": lambda: webp_of_frames(100_000),
-    "jpeg: sequential, three scans, 36 MP": lambda: jpeg_of_scans(1, 6000, 6000),
-    "jpeg: EXIF block in each of 100 segments": lambda: (
-        b"\xff\xd8" + (b"\xff\xe1\xff\xffExif\0\0II*\0" + bytes(65523)) * 100 + encoded(soft(64, 64), "JPEG")[2:]
-    ),
-    "jpeg": lambda: honest("JPEG", "RGB"),
-    "jpeg: progressive": lambda: honest("JPEG", "RGB", progressive=True, subsampling=0),
-    "jpeg: CMYK": lambda: honest("JPEG", "CMYK"),
-    "png: RGBA": lambda: honest("PNG", "RGBA", compress_level=1),
-    "webp": lambda: honest("WEBP", "RGB", method=0),
-    "webp: lossless": lambda: honest("WEBP", "RGB", lossless=True, method=0),
-    "webp: alpha": lambda: honest("WEBP", "RGBA", method=0, exact=True),
-    "gif": lambda: honest("GIF", "P"),
-    "bmp": lambda: honest("BMP", "RGB"),
-    "bmp: palette": lambda: honest("BMP", "P"),
-    "bmp: 1 bit": lambda: honest("BMP", "1"),
-}
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -346,7 +230,9 @@ def test_a_file_cut_off_anywhere_is_seen_or_unreadable(number: int) -> None:
 
 def apart(what: str, which: str, folder: Path) -> dict[str, Any]:
     """Run this file in a process of its own and return what it found."""
-    done = subprocess.run([sys.executable, __file__, what, which], capture_output=True, cwd=folder, timeout=600, check=True)
+    command = [sys.executable, __file__, what, which]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # where hostile.py is
+    done = subprocess.run(command, capture_output=True, cwd=folder, timeout=600, check=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

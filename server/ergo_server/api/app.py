@@ -203,7 +203,6 @@ def _image_work(settings: Settings) -> ImageWork:
         limits=ImageLimits(
             max_pixels=settings.max_pixels,
             max_scans=settings.max_scans,
-            max_frames=settings.max_frames,
             max_metadata_bytes=settings.max_metadata_bytes,
         ),
     )

@@ -19,20 +19,24 @@ likewise. The loaders that take a *source* do not copy the file, nor hold Python
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from dataclasses import dataclass
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
 import pyvips
 from PIL import Image
 from pyvips import voperation
 
-from ergo_server.errors import ErgoError, ImageTooLarge, ImageUnreadable
-from ergo_server.imaging.encoded import Cancelled, ImageFile, Reader, Stop
+from ergo_server.errors import ErgoError, ImageUnreadable
+from ergo_server.imaging.encoded import Cancelled, ImageFile, Stop
 from ergo_server.imaging.geometry import Box, Size
 from ergo_server.imaging.heading import ImageHeader
+from ergo_server.imaging.layout import Piece, Scans
 
 Kernel = Literal["cubic", "lanczos3"]
+
+WHOLE: tuple[Piece, ...] = ((0, None),)
 
 ENOUGH = 2
 """A reduced decode leaves at least so many times the size that is wanted, on both axes."""
@@ -161,10 +165,10 @@ def _evaluated(image: pyvips.Image, stop: Stop) -> Any:
 @contextlib.contextmanager
 def _opened(file: ImageFile, header: ImageHeader, reduction: int, stop: Stop) -> Any:
     """Open a file as an image of 8 bit in L, RGB or CMYK, and its profile; what goes wrong within is an `ErgoError`."""
-    feed = _Feed(file, header.max_scans if header.format == "jpeg" else None, stop)
+    feed = _Feed(file, Scans(file, header.max_scans) if _has_scans(header) else None, stop)
     try:
         stop.check()
-        image = _bmp(file, stop) if header.format == "bmp" else _loaded(file, header, reduction, feed)
+        image = _bmp(file, stop) if header.format == "bmp" else _loaded(file, header, reduction, feed, stop)
         has_profile = image.get_typeof("icc-profile-data") != 0
         yield _plain(image), bytes(image.get("icc-profile-data")) if has_profile else None
     except (ErgoError, Cancelled):
@@ -176,11 +180,20 @@ def _opened(file: ImageFile, header: ImageHeader, reduction: int, stop: Stop) ->
         feed.close()
 
 
-def _loaded(file: ImageFile, header: ImageHeader, reduction: int, feed: _Feed) -> pyvips.Image:
+def _has_scans(header: ImageHeader) -> bool:
+    """Say whether it is a JPEG of several scans."""
+    return header.format == "jpeg" and not header.by_row
+
+
+def _loaded(file: ImageFile, header: ImageHeader, reduction: int, feed: _Feed, stop: Stop) -> pyvips.Image:
     options: dict[str, Any] = {"access": "sequential", "fail_on": "truncated"}
-    progressive = header.format == "jpeg" and not header.by_row
-    # A source of our own can be cut off in the middle, which the start of a progressive JPEG cannot otherwise be.
-    source = pyvips.Source.new_from_memory(file.data) if file.whole and not progressive else feed.source()
+    if header.pieces != WHOLE:
+        file.wait(stop)
+        source = feed.source_of(b"".join(_piece(file, piece) for piece in header.pieces))
+    elif file.whole and not _has_scans(header):
+        source = feed.source_of(file.data)
+    else:  # one of our own, which can be cut off in the middle; nothing else ends the start of a JPEG of several scans
+        source = feed.source()
     stored = header.stored
     if header.format == "jpeg":
         image = pyvips.Image.jpegload_source(source, shrink=reduction, **options)
@@ -196,10 +209,16 @@ def _loaded(file: ImageFile, header: ImageHeader, reduction: int, feed: _Feed) -
     return image
 
 
+def _piece(file: ImageFile, piece: Piece) -> bytes:
+    return piece if isinstance(piece, bytes) else file.data[piece[0] : piece[1]]
+
+
 def _bmp(file: ImageFile, stop: Stop) -> pyvips.Image:
     """Decode a BMP, which libvips does not read here, with Pillow."""
-    with Image.open(cast(IO[bytes], Reader(file, stop)), formats=["BMP"]) as opened:
-        image = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
+    file.wait(stop)
+    with Image.open(io.BytesIO(file.data), formats=["BMP"]) as opened:
+        opened.load()
+        image = opened if opened.mode in ("L", "RGB") else opened.convert("L" if opened.mode == "1" else "RGB")
     return pyvips.Image.new_from_memory(image.tobytes(), image.width, image.height, len(image.getbands()), "uchar")
 
 
@@ -218,26 +237,31 @@ def _plain(image: pyvips.Image) -> pyvips.Image:
 class _Feed:
     """Gives libvips the bytes of a file as they arrive, and no more once the decode must end or has had enough scans."""
 
-    def __init__(self, file: ImageFile, max_scans: int | None, stop: Stop) -> None:
+    def __init__(self, file: ImageFile, scans: Scans | None, stop: Stop) -> None:
         self.failure: ErgoError | None = None
         """Why it gave no more."""
         self._file = file
         self._stop = stop
-        self._max_scans = max_scans
-        self._scans = 0
+        self._scans = scans
         self._at = 0
-        self._last = b""
-        self._source: pyvips.SourceCustom | None = None
+        self._lent: object = None
+        """libvips reads from it, and does not keep it alive."""
 
-    def source(self) -> pyvips.SourceCustom:
-        """Return it as libvips wants it."""
-        self._source = pyvips.SourceCustom()
-        self._source.on_read(self._read)
-        return self._source
+    def source(self) -> pyvips.Source:
+        """Return the file as it arrives."""
+        source = pyvips.SourceCustom()
+        source.on_read(self._read)
+        self._lent = source
+        return source
+
+    def source_of(self, data: bytes) -> pyvips.Source:
+        """Return bytes that are there, not copied."""
+        self._lent = data
+        return pyvips.Source.new_from_memory(data)
 
     def close(self) -> None:
         """Let go."""
-        self._source = None
+        self._lent = None
 
     def _read(self, count: int) -> bytes:
         """Called by libvips; an exception would be lost on the way through C, so the end of the file stands for it."""
@@ -245,16 +269,10 @@ class _Feed:
             return b""
         try:
             piece = self._file.read_at(self._at, count, self._stop)
+            self._at += len(piece)
+            if self._scans is not None:
+                self._scans.check(self._at)
         except (ErgoError, Cancelled) as error:
             self.failure = error if isinstance(error, ErgoError) else None
-            return b""
-        self._at += len(piece)
-        if self._max_scans is None:
-            return piece
-        # In a JPEG's data 0xFF is followed by 0 or a restart marker, so this pair begins a scan (or one of a preview's).
-        self._scans += (self._last + piece).count(b"\xff\xda")
-        self._last = piece[-1:]
-        if self._scans > self._max_scans:
-            self.failure = ImageTooLarge(f"the image has more than {self._max_scans} scans", param="image")
             return b""
         return piece
