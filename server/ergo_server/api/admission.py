@@ -193,7 +193,8 @@ class _Body:
             try:
                 await self._gate.enter(self._gone)
             except ClientDisconnect:
-                return self._left or message
+                assert self._left is not None
+                return self._left
             self._entered = True
         return message
 
@@ -204,8 +205,10 @@ class _Body:
             self._gate.leave()
 
     async def _gone(self) -> None:
-        """Return when the caller has left; nothing else is to come from it."""
-        self._left = await self._receive()
+        """Return when the caller has left."""
+        while (message := await self._receive())["type"] != "http.disconnect":
+            pass  # nothing else is to come; taken for a leaving, it would let the request on without a place
+        self._left = message
 
 
 class Admission:
@@ -276,7 +279,11 @@ class Admission:
             with self.limits.entered(tenant), contextlib.closing(_Body(receive, self.gate)) as body:
                 self.gate.knock(int(dict(scope["headers"]).get(b"content-length", b"0")))
                 await self.app(scope, counted, labelled)
+                if later is not None:  # it has its answer; what is left is that it costs the tenant nothing
+                    raise later
         except Refused as refused:
+            if refused is later:
+                return
             self.metrics.rejections.labels(refused.reason).inc()
             later = refused
             await self._refuse(refused.error, {}, scope, receive, labelled)

@@ -122,8 +122,8 @@ def jpeg(file: ImageFile, limit: int, stop: Stop) -> Layout:
 class Scans:
     """Counts the scans of a JPEG as far as its bytes are there.
 
-            raise ImageUnsupported("the JPEG is of a rare kind: lossless, hierarchical, arithmetic", param="image")
-    in any library). Only real markers count: what looks like one in a segment or behind the end of the image does not.
+    A legal JPEG may have hundreds of scans, and every one costs a pass over all pixels (39 KB with 883 scans at 10 megapixels:
+    3 s in any library). Only real markers count: what looks like one in a segment or behind the end of the image does not.
 
     Args:
         file: a JPEG.
