@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 import support
-from asking import Meter, chat, client, data_url, error, picture, scripted, vqa
+from asking import Meter, chat, client, data_url, error, picture, says, scripted, vqa
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.responses import PlainTextResponse
@@ -290,7 +290,7 @@ def http(clock: Clock) -> TestClient:
             limits.charge(scope["tenant"].name, 2000)
         await PlainTextResponse(scope["tenant"].name)(scope, receive, send)
 
-    return TestClient(Admission(app, keys, limits, gate, Metrics(()), max_body_bytes=10**6, open_metrics=True))
+    return TestClient(Admission(app, keys, limits, gate, Metrics(()), open_metrics=True))
 
 
 def test_429_says_when_to_come_back(http: TestClient, clock: Clock) -> None:
@@ -410,3 +410,12 @@ def test_the_sdk_waits_and_succeeds() -> None:
             engine.script = scripted().script
         asking.join()
     assert found == ["seven"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_goes_past_the_pipeline_is_charged_too(stream: bool) -> None:
+    """A question to ``ergo-raw`` costs its tenant the visual tokens that the engine counted: of 60 a minute, 100 leave none."""
+    with client(api_keys=line("alice", "visual_tokens_per_minute=60")) as http:
+        http.headers.update(using("alice"))
+        assert chat(http, says(picture(280, 280), "?"), model="ergo-raw", stream=stream).status_code == 200
+        assert error(vqa(http))[:2] == (429, "rate_limit_exceeded")

@@ -76,12 +76,13 @@ def create_profile(settings: Settings) -> ModelProfile:
     return builtin_profile()
 
 
-def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
+def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetcher | None = None) -> FastAPI:
     """Assemble the server.
 
     Args:
         settings: the configuration.
         engine: replaces the engine that the settings name; the app closes it in the end.
+        fetcher: replaces the one that the settings describe, likewise.
 
     Raises:
         KeysError: the API keys cannot be used.
@@ -106,7 +107,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         deadlines=Deadlines(settings.turn_seconds, settings.request_seconds),
         listeners=(metrics.observe, lambda record: _charge(limits, record)),
     )
-    work, store, fetcher = _image_work(settings), _image_store(settings), _fetcher(settings, metrics)
+    work, store = _image_work(settings), _image_store(settings)
     metrics.watch_images(work, store)
     service = Service(
         engine=engine,
@@ -117,7 +118,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         refused=metrics.refuse,
         work=work,
         store=store,
-        fetcher=fetcher,
+        fetcher=fetcher or _fetcher(settings, metrics),
         salted=lambda tenant: salt(secret, tenant),
         charge=limits.charge,
     )

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from ergo_server.api.errors import from_validation
 from ergo_server.api.schemas import ErrorEnvelope, EstimateFields, Form
 from ergo_server.api.service import Service
+from ergo_server.api.stream import unless_gone
 from ergo_server.errors import RequestError
 from ergo_server.imaging.original import Original
 from ergo_server.intake.body import read_fields
@@ -38,12 +39,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorEnvelope, "description": text}
     for status, text in {
         400: "a field is missing or wrong",
-        404: "no such model",
+        401: "a known API key is needed",
+        404: "no such model, or no such uploaded image",
+        408: "the body did not arrive in time",
         413: "the body or the image is too large",
         415: "a content type or an image format that is not read",
         422: "the image cannot be used",
+        429: "your key's share is used up; Retry-After says when to come back",
         502: "the engine failed",
-        503: "the engine is not there, or busy",
+        503: "the engine is not there, or the server has as much work as it takes; Retry-After says when to come back",
         504: "the engine took too long",
     }.items()
 }
@@ -66,4 +70,5 @@ async def read_question(request: Request, service: Service, form: type[F]) -> tu
         raise from_validation(error) from error
     if isinstance(image, Original):
         return image, fields
-    return await images.named(image, budget=service.likely_budget(fields.max_visual_tokens), fetch=looks), fields
+    named = images.named(image, budget=service.likely_budget(fields.max_visual_tokens), fetch=looks)
+    return await unless_gone(request, named), fields

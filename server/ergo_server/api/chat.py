@@ -23,6 +23,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import JSONResponse
 
+from ergo_server.api.bodies import ERRORS
 from ergo_server.api.errors import envelope, from_validation
 from ergo_server.api.schemas import MAX_TEXT, ErrorEnvelope, RegionInfo, Timings, TurnUsage, UsageInfo, VisualTokensInfo
 from ergo_server.api.service import MODELS, Service
@@ -146,21 +147,18 @@ def router(service: Service) -> APIRouter:
     """Return the OpenAI-compatible routes."""
     routes = APIRouter(tags=["OpenAI"])
     body = {"required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
-    failures: dict[int | str, dict[str, Any]] = {s: {"model": ErrorEnvelope} for s in (400, 404, 413, 415, 422, 502, 503, 504)}
-
     extra = {"requestBody": body}
 
-    @routes.post("/v1/chat/completions", responses=failures, openapi_extra=extra, summary="OpenAI chat completions")
+    @routes.post("/v1/chat/completions", responses=ERRORS, openapi_extra=extra, summary="OpenAI chat completions")
     async def completions(request: Request) -> Response:
         """Answer as OpenAI's chat completions do. `ergo` zooms, `ergo-single` does not, `ergo-raw` is the engine as it is."""
         with service.accepting():
             chat = await _read_chat(request)
-            said = await _read_messages(
-                chat.messages, service.images(request), service.likely_budget(chat.ergo.max_visual_tokens)
-            )
+            budget = service.likely_budget(chat.ergo.max_visual_tokens)
+            said = await unless_gone(request, _read_messages(chat.messages, service.images(request), budget))
             received = time.perf_counter() - request.scope["received_at"]
             raw = chat.model == "ergo-raw" or not any(isinstance(part, Original) for message in said for part in message.parts)
-            asked = await _as_given(said) if raw else _task(service, request, chat, said)
+            asked = await unless_gone(request, _as_given(said)) if raw else _task(service, request, chat, said)
         if isinstance(asked, Conversation):
             return await _raw(request, service, chat, asked)
         task = asked
@@ -434,6 +432,13 @@ async def _raw(request: Request, service: Service, chat: ChatRequest, conversati
     sampling = Sampling(limit, chat.temperature or 0.0, chat.top_p or 1.0, chat.seed, chat.stops)
     pieces = service.zooming.converse(conversation, sampling, salt=service.salt(request))
     chunks = _new_chunks(chat)
+    tenant = service.tenant(request).name
+
+    def charge(usage: Usage) -> None:
+        """Here, as no pipeline tells of what goes past it."""
+        shown = sum(view.visual_tokens for view in conversation.views)
+        service.charge(tenant, shown if usage.image_tokens is None else usage.image_tokens)
+
     if chat.stream:
 
         async def lines() -> AsyncGenerator[str, None]:
@@ -442,6 +447,7 @@ async def _raw(request: Request, service: Service, chat: ChatRequest, conversati
                     if isinstance(piece, Delta):
                         yield chunks.delta({"content": piece.text})
                     else:
+                        charge(piece.usage)
                         yield chunks.delta({} if not chunks.first else {"content": ""}, piece.finish_reason)
                         yield chunks.usage(_raw_usage(piece.usage)) + "data: [DONE]\n\n"
 
@@ -455,6 +461,7 @@ async def _raw(request: Request, service: Service, chat: ChatRequest, conversati
         raise AssertionError("an engine ends with a Generation")
 
     generation = await unless_gone(request, whole())
+    charge(generation.usage)
     message = {"role": "assistant", "content": generation.text, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": generation.finish_reason}
     return JSONResponse(

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 from ergo_server.api.bodies import ERRORS, bodies, read_question
 from ergo_server.api.schemas import ErrorEnvelope, StoredImage, UploadFields
 from ergo_server.api.service import Service
+from ergo_server.api.stream import unless_gone
 from ergo_server.intake.store import Stored
 
 
@@ -34,7 +35,7 @@ def router(service: Service) -> APIRouter:
         is about one image to the same.
         """
         image, fields = await read_question(request, service, UploadFields)
-        await image.overview(service.budget(fields.max_visual_tokens))
+        await unless_gone(request, image.overview(service.budget(fields.max_visual_tokens)))
         stored = service.store.put(service.tenant(request).name, image)
         return JSONResponse(await _shown(stored), status_code=201)
 

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import secrets
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
@@ -37,6 +39,7 @@ from ergo_server.errors import (
     EngineTimeout,
     EngineUnavailable,
 )
+from ergo_server.imaging.view import View
 from ergo_server.protocol.conversation import Conversation, Message
 
 CONNECT_SECONDS = 5.0
@@ -143,9 +146,10 @@ class VllmEngine:
                     raise failed.error from failed
 
     async def _body(self, conversation: Conversation, sampling: Sampling, salt: str) -> bytes:
+        images = _Images()
         body = {
             "model": await self._served_model(),
-            "messages": [_message(message) for message in conversation.messages],
+            "messages": [_message(message, images) for message in conversation.messages],
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -160,7 +164,7 @@ class VllmEngine:
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         } | ({"cache_salt": salt} if salt else {})
-        return json.dumps(body).encode()
+        return images.put_into(json.dumps(body).encode())
 
     async def _served_model(self) -> str:
         if self._client.is_closed:
@@ -233,11 +237,35 @@ class VllmEngine:
         return failure if started else _Retryable(failure)
 
 
-def _message(message: Message) -> dict[str, Any]:
+class _Images:
+    """Images on their way into a JSON text: a mark stands for each until all else is encoded.
+
+    ``json.dumps`` looks at every letter of a string: 3 ms for a megabyte of base64, in which the event loop stands still.
+    """
+
+    def __init__(self) -> None:
+        self._secret = secrets.token_hex()  # so that no text of a conversation can name a mark
+        self._urls: list[bytes] = []
+
+    def mark(self, view: View) -> str:
+        """Return what stands for a view."""
+        self._urls.append(view.data_url.encode())
+        return f"{self._secret}-{len(self._urls) - 1:04d}"
+
+    def put_into(self, text: bytes) -> bytes:
+        """Put every image where its mark is."""
+        pieces = re.split(f"{self._secret}-([0-9]{{4}})".encode(), text)
+        pieces[1::2] = [self._urls[int(number)] for number in pieces[1::2]]
+        return b"".join(pieces)
+
+
+def _message(message: Message, images: _Images) -> dict[str, Any]:
     if all(isinstance(part, str) for part in message.parts):
         return {"role": message.role, "content": "".join(part for part in message.parts if isinstance(part, str))}
     parts = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": {"url": part.data_url}}
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": images.mark(part)}}
         for part in message.parts
     ]
     return {"role": message.role, "content": parts}

@@ -52,7 +52,7 @@ for _kind, _blocked in (
     *((f"VipsForeignLoad{name}", False) for name in ("Jpeg", "Png", "Webp", "Nsgif")),
 ):
     pyvips.operation_block_set(_kind, _blocked)
-logging.getLogger("pyvips").setLevel(logging.WARNING)  # at DEBUG it writes every call with its arguments
+logging.getLogger("pyvips").setLevel(logging.ERROR)  # below, it writes every call, and many lines for each broken file
 
 
 @dataclass(frozen=True, slots=True)
