@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 import support
-from asking import Meter, data_url, picture, scripted, texts
+from asking import Meter, data_url, picture, says, scripted, texts
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -25,6 +25,8 @@ from ergo_server.api.app import create_app
 from ergo_server.api.limits import Refused
 from ergo_server.engine.scripted import ScriptedEngine
 from ergo_server.errors import EngineFailed
+
+CHAT = "/v1/chat/completions"
 
 LONG = "<answer>" + "why " * 2000
 """At a twentieth of a second a token, a hundred seconds: no test waits for its end."""
@@ -48,7 +50,7 @@ class Caller:
 
     Args:
         url: of the server.
-        body: what is sent; JSON of a question when it is not bytes.
+        body: what is sent; JSON when it is not bytes. `CHAT` reads bytes as JSON, too; the other paths take them for an image.
         path: where to.
         length: the Content-Length that is claimed, where it is not the body's; ``"chunked"`` sends the body as a first chunk.
         headers: further ones.
@@ -149,8 +151,9 @@ def refused(caller: Caller, meter: Meter, reason: str) -> dict[str, str]:
     status, headers, body = caller.answer()
     assert (status, body["error"]["code"], body["error"]["type"]) == (503, "overloaded", "overloaded_error")
     assert 1 <= int(headers["retry-after"]) <= 120
+    assert 0 < int(headers["retry-after-ms"]) <= 1000 * int(headers["retry-after"])
     assert meter("ergo_admission_rejections_total", reason=reason) == meter("ergo_admission_rejections_total") == 1
-    assert meter("ergo_requests_total", policy="none", outcome="overloaded") == 1
+    assert meter("ergo_requests_total", policy="none", outcome="overloaded") == meter("ergo_requests_total", policy="none") == 1
     return headers
 
 
@@ -197,59 +200,168 @@ def test_a_full_queue_refuses_before_the_body() -> None:
     with serving(engine, max_queued=1) as (url, meter), holding(url, engine), Caller(url, question("waits")):
         support.wait_until(lambda: meter("ergo_requests_queued") == 1, "one waits")
         with Caller(url, length=1_000_000, headers="expect: 100-continue\r\n") as third:
-            headers = refused(third, meter, "queue_full")
-        assert 1000 <= int(headers["retry-after-ms"]) <= 120_000
+            refused(third, meter, "queue_full")
         assert meter("ergo_http_requests_total", route="/v1/vqa", code="503") == 1
 
 
-def test_who_waits_too_long_is_refused() -> None:
-    """After the deadline in the queue comes a refusal, and the place in it is free."""
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"body": question()},
+        {"body": question(stream=True)},
+        {"body": picture(), "path": "/v1/vqa?question=x"},
+        {"body": {"messages": [says(picture(), "?")]}, "path": CHAT},
+    ],
+    ids=["JSON", "a stream", "the image itself", "chat"],
+)
+def test_who_waits_too_long_is_refused(asked: dict[str, Any]) -> None:
+    """After the deadline in the queue comes a refusal, counted once, that says when to come back; the place in it is free."""
     engine = endless()
     with serving(engine, max_queued=1, queue_seconds=0.2) as (url, meter), holding(url, engine):
-        with Caller(url, question()) as second:
-            refused(second, meter, "queue_timeout")
-        assert meter("ergo_requests_queued") == 0
-
-
-BODIES = {
-    "complete": (json.dumps(question()).encode(), ""),
-    "nothing of it": (b"", 50_000),
-    "more than sockets hold back": (b"x" * 3_000_000, 5_000_000),
-    "chunked": (b"x" * 3_000_000, "chunked"),
-}
-
-
-@pytest.mark.parametrize(("body", "length"), BODIES.values(), ids=BODIES)
-def test_who_hangs_up_while_waiting_is_forgotten(body: bytes, length: int | str) -> None:
-    """A caller who leaves frees place and bytes at once, however much of the body was sent; the engine never hears of it."""
-    engine = endless()
-    with serving(engine, max_queued=1) as (url, meter), holding(url, engine):
         held = meter("ergo_body_bytes_in_flight")
-        with Caller(url, body, length=length):
-            support.wait_until(lambda: meter("ergo_requests_queued") == 1, "it waits")
-        support.wait_until(lambda: meter("ergo_requests_queued") == 0, "its place is free")
-        assert meter("ergo_body_bytes_in_flight") == held
-        assert meter("ergo_requests_total", outcome="cancelled") == 1
-        assert meter("ergo_http_requests_total", route="/v1/vqa", code="499") == 1
+        with Caller(url, **asked) as second:
+            refused(second, meter, "queue_timeout")
+            support.wait_until(lambda: meter("ergo_body_bytes_in_flight") == held, "its bytes are free")
+        assert meter("ergo_requests_queued") == 0
+        assert meter("ergo_http_requests_total", code="503") == 1
         assert len(engine.calls) == 1
 
 
-def test_a_body_read_while_waiting_arrives_whole() -> None:
-    """What came while the request waited and what comes after are one body, in order, by length and in chunks."""
+def test_a_full_queue_refuses_after_the_body_too() -> None:
+    """Who finds room when it begins to send, and none when it ends, is refused then, and counted once."""
+    engine = endless()
+    with serving(engine, max_queued=1) as (url, meter), holding(url, engine):
+        body = json.dumps(question()).encode()
+        with Caller(url, body[:9], CHAT, length=len(body)) as second, Caller(url, question()):
+            support.wait_until(lambda: meter("ergo_requests_queued") == 1, "another one waits")
+            second.send(body[9:])
+            refused(second, meter, "queue_full")
+
+
+def test_a_refusal_costs_the_tenant_nothing() -> None:
+    """A tenant that may ask once a minute may ask again after it has waited for a place in vain."""
+    engine = endless()
+    keys = "\n".join(f"{name} {hashlib.sha256(name.encode()).hexdigest()} requests_per_minute=1" for name in ("alice", "bob"))
+    bounds = {"max_concurrent": 1, "max_queued": 1, "queue_seconds": 0.2, "api_keys": keys, "open_metrics": True}
+    with metered(engine, **bounds) as (url, meter):
+        alice, bob = (f"authorization: Bearer {name}\r\n" for name in ("alice", "bob"))
+        with Caller(url, question(), headers=bob):
+            support.wait_until(lambda: engine.running == 1, "the place is taken")
+            with Caller(url, question(), headers=alice) as second:
+                refused(second, meter, "queue_timeout")
+        let_end(engine)
+        support.wait_until(lambda: idle(meter), "all is free")
+        with Caller(url, question(), headers=alice) as again, Caller(url, question(), headers=alice) as more:
+            assert sorted(caller.answer()[0] for caller in (again, more)) == [200, 429]
+
+
+BODIES: dict[str, tuple[bytes, str, int | str]] = {
+    "by length": (json.dumps(question()).encode(), CHAT, ""),
+    "in chunks": (json.dumps(question()).encode(), CHAT, "chunked"),
+    "an image": (picture(), "/v1/vqa?question=x", ""),
+    "an image that is large": (picture(1500, 1000, "BMP"), "/v1/vqa?question=x", ""),
+}
+
+
+@pytest.mark.parametrize(("body", "path", "length"), BODIES.values(), ids=BODIES)
+def test_who_hangs_up_while_waiting_is_forgotten(body: bytes, path: str, length: int | str) -> None:
+    """Who has sent all, waits, and leaves, frees its place in the queue and its bytes at once; the engine never hears of it."""
+    engine = endless()
+    with serving(engine, max_queued=1) as (url, meter), holding(url, engine):
+        held = meter("ergo_body_bytes_in_flight")
+        with Caller(url, body, path, length=length) as second:
+            if length == "chunked":
+                second.send(b"0\r\n\r\n")
+            support.wait_until(lambda: meter("ergo_requests_queued") == 1, "it waits")
+            assert meter("ergo_body_bytes_in_flight") == held + len(body)
+        support.wait_until(lambda: meter("ergo_requests_in_flight") == 1, "it is forgotten")
+        assert meter("ergo_requests_queued") == 0
+        assert meter("ergo_body_bytes_in_flight") == held
+        assert meter("ergo_requests_total", outcome="cancelled") == meter("ergo_requests_total") == 1
+        assert meter("ergo_http_requests_total", code="499") == 1
+        assert len(engine.calls) == 1
+
+
+def test_turns_go_by_the_end_of_the_body() -> None:
+    """Of three who wait, the first to have sent all is the first to be served, whoever began to send first."""
+    engine = endless()
+    ends = {"slow": 2, "quick": 0, "between": 1}
+    with serving(engine, max_queued=3) as (url, meter), holding(url, engine) as first, contextlib.ExitStack() as callers:
+        asked = {name: {"messages": [says(picture(), name)], "model": "ergo-single"} for name in ends}
+        bodies = {name: json.dumps(body).encode() for name, body in asked.items()}
+        waiting = {}
+        for name, body in bodies.items():
+            waiting[name] = callers.enter_context(Caller(url, body[:-9], CHAT, length=len(body)))
+            support.wait_until(lambda: meter("ergo_requests_in_flight") == 1 + len(waiting), "it has begun")
+        assert meter("ergo_requests_queued") == 0
+        for place, name in enumerate(sorted(ends, key=ends.__getitem__)):
+            waiting[name].send(bodies[name][-9:])
+            support.wait_until(lambda: meter("ergo_requests_queued") == place + 1, "it waits")  # noqa: B023
+        let_end(engine)
+        assert [caller.answer()[0] for caller in (first, *waiting.values())] == [200] * 4
+        order = [next(name for name in ends if name in texts(call[0])) for call in engine.calls[1:]]
+    assert order == ["quick", "between", "slow"]
+
+
+def test_a_body_that_waited_is_whole() -> None:
+    """Of a body that comes in parts and then waits, nothing is lost, by length and in chunks."""
     engine, image = endless(), picture(3000, 2000, "BMP")
     with serving(engine, max_queued=2) as (url, meter), holding(url, engine), contextlib.ExitStack() as callers:
         half = len(image) // 2
+        held = meter("ergo_body_bytes_in_flight")
         path = "/v1/vqa/estimate"
         by_length = callers.enter_context(Caller(url, image[:half], path, length=len(image)))
         in_chunks = callers.enter_context(Caller(url, image[:half], path, length="chunked"))
-        support.wait_until(lambda: meter("ergo_requests_queued") == 2, "they wait")
-        support.wait_until(lambda: meter("ergo_body_bytes_in_flight") >= len(image) + half, "what was sent has arrived")
-        let_end(engine)
-        support.wait_until(lambda: meter("ergo_requests_queued") == 1, "the first has a place")
+        support.wait_until(lambda: meter("ergo_body_bytes_in_flight") == held + 2 * half, "what was sent has arrived")
         by_length.send(image[half:])
         in_chunks.send(chunk(image[half:]) + b"0\r\n\r\n")
+        support.wait_until(lambda: meter("ergo_requests_queued") == 2, "they wait")
+        let_end(engine)
         found = [caller.answer() for caller in (by_length, in_chunks)]
     assert [(status, body["image"]["width"], body["image"]["format"]) for status, _, body in found] == [(200, 3000, "bmp")] * 2
+
+
+# --- who sends slowly, or never -----------------------------------------------------------------------------------------
+
+HALVES: dict[str, tuple[bytes, str, int | str, bytes]] = {
+    "nothing at all": (b"", CHAT, 50_000, b""),
+    "half a question": (b'{"messages": [', CHAT, 50_000, b""),
+    "half an image": (picture(600, 400, "BMP")[:90_000], "/v1/vqa?question=x", 720_054, b""),
+    "half an upload": (picture(600, 400, "BMP")[:90_000], "/v1/images", 720_054, b""),
+    "drips": (b'{"messages": [', CHAT, 50_000, b" "),
+    "drips of chunks": (b'{"messages": [', CHAT, "chunked", b"1\r\n \r\n"),
+    "all but the end": (b'{"messages": []}', CHAT, "chunked", b""),
+}
+
+
+@pytest.mark.parametrize(("body", "path", "length", "drip"), HALVES.values(), ids=HALVES)
+def test_unfinished_bodies_hold_no_place(body: bytes, path: str, length: int | str, drip: bytes) -> None:
+    """With two places and no queue, a question is answered beside twenty senders that are silent, or drip; they leave nothing."""
+    engine = scripted()
+    with serving(engine, max_concurrent=2) as (url, meter), contextlib.ExitStack() as callers:
+        senders = [callers.enter_context(Caller(url, body, path, length=length)) for _ in range(20)]
+        support.wait_until(lambda: meter("ergo_body_bytes_in_flight") == 20 * len(body), "they have begun")
+        support.wait_until(lambda: meter("ergo_requests_in_flight") == 20, "all of them")
+        for _ in range(3):
+            for sender in senders:
+                sender.send(drip)
+            with Caller(url, question()) as healthy:
+                assert healthy.answer()[0] == 200
+        assert meter("ergo_requests_in_flight") == 20
+        assert meter("ergo_admission_rejections_total") == 0
+
+
+def test_announcements_keep_nobody_out() -> None:
+    """Sixteen who announce as much as there is room for, and send little, take up no more than what they send."""
+    engine = scripted()
+    bounds = {"max_concurrent": 2, "max_body_bytes": 100_000, "max_bytes_in_flight": 100_000}
+    with serving(engine, **bounds) as (url, meter), contextlib.ExitStack() as callers:
+        for number in range(16):
+            callers.enter_context(Caller(url, b"{", CHAT, length=100_000 - number))
+            support.wait_until(lambda: meter("ergo_body_bytes_in_flight") == number + 1, "it has begun")  # noqa: B023
+        with Caller(url, question()) as healthy:
+            assert healthy.answer()[0] == 200
+        assert meter("ergo_admission_rejections_total") == 0
 
 
 def test_a_stream_holds_its_place_to_the_end() -> None:
@@ -298,43 +410,33 @@ def test_a_tenants_limit_comes_first() -> None:
 BYTES = {"max_concurrent": 9, "max_body_bytes": 100_000, "max_bytes_in_flight": 100_000}
 
 
-def test_bytes_are_reserved_when_they_are_announced() -> None:
-    """A Content-Length counts before anything was sent; who does not fit beside it is refused; its end makes room."""
+def test_bytes_count_as_they_arrive() -> None:
+    """What was sent counts, not what was announced; who does not fit beside it is refused from the head; its end makes room."""
     engine = scripted()
     with serving(engine, **BYTES) as (url, meter):
-        with Caller(url, length=80_000):
-            support.wait_until(lambda: meter("ergo_body_bytes_in_flight") == 80_000, "the bytes are reserved")
+        with Caller(url, b"x" * 60_000, CHAT, length=80_000):
+            support.wait_until(lambda: meter("ergo_body_bytes_in_flight") == 60_000, "the bytes are there")
             assert meter("ergo_body_bytes_in_flight_limit_bytes") == 100_000
-            with Caller(url, length=20_001) as second:
+            with Caller(url, length=40_001) as second:
                 refused(second, meter, "bytes_in_flight")
             with Caller(url, question()) as third:
                 assert third.answer()[0] == 200
         support.wait_until(lambda: idle(meter), "the bytes are free")
-        with Caller(url, b"x" * 100_000, "/v1/vqa?question=x") as fourth:
-            assert fourth.answer()[0] == 422
+        with Caller(url, b"x" * 100_000, CHAT) as fourth:
+            assert fourth.answer()[0] == 400
 
 
-def test_a_chunked_body_takes_bytes_as_it_comes() -> None:
-    """A body without a length counts as far as it was read, and is refused amid it when the bytes run out."""
+@pytest.mark.parametrize("length", [40_000, "chunked"], ids=["by length", "in chunks"])
+def test_bytes_that_run_out_amid_a_body(length: int | str) -> None:
+    """A body that fitted when it began is refused amid it when the bytes run out, and its own are free again."""
     engine = scripted()
-    with serving(engine, **BYTES) as (url, meter), Caller(url, length=70_000):
-        support.wait_until(lambda: meter("ergo_body_bytes_in_flight") == 70_000, "the bytes are reserved")
-        with Caller(url, b"x" * 20_000, length="chunked") as second:
-            support.wait_until(lambda: meter("ergo_body_bytes_in_flight") == 90_000, "so are those that were sent")
-            second.send(chunk(b"x" * 20_000))
-            refused(second, meter, "bytes_in_flight")
-        support.wait_until(lambda: meter("ergo_body_bytes_in_flight") == 70_000, "its own are free")
-
-
-def test_bytes_that_run_out_while_waiting() -> None:
-    """A chunked body that grows too big in the queue is refused there, and its place is free."""
-    engine = endless()
-    bounds = {**BYTES, "max_concurrent": 1, "max_queued": 1}
-    with serving(engine, **bounds) as (url, meter), holding(url, engine), Caller(url, b"x" * 20_000, length="chunked") as second:
-        support.wait_until(lambda: meter("ergo_requests_queued") == 1, "it waits")
-        second.send(chunk(b"x" * 90_000))
-        refused(second, meter, "bytes_in_flight")
-        assert meter("ergo_requests_queued") == 0
+    with serving(engine, **BYTES) as (url, meter), Caller(url, b"x" * 20_000, CHAT, length=length) as first:
+        support.wait_until(lambda: meter("ergo_body_bytes_in_flight") == 20_000, "the one has begun")
+        with Caller(url, b"x" * 70_000, CHAT, length=80_000):
+            support.wait_until(lambda: meter("ergo_body_bytes_in_flight") == 90_000, "the other as well")
+            first.send(chunk(b"x" * 20_000) if length == "chunked" else b"x" * 20_000)
+            refused(first, meter, "bytes_in_flight")
+            support.wait_until(lambda: meter("ergo_body_bytes_in_flight") == 70_000, "its own are free")
 
 
 def test_the_largest_body_must_fit() -> None:
@@ -353,7 +455,7 @@ def broken(*_: object) -> str:
 
 ENDS: dict[str, tuple[ScriptedEngine, dict[str, Any], int]] = {
     "answered": (scripted(), {"body": question()}, 200),
-    "not JSON": (scripted(), {"body": b"{", "path": "/v1/chat/completions"}, 400),
+    "not JSON": (scripted(), {"body": b"{", "path": CHAT}, 400),
     "no image": (scripted(), {"body": b"x", "path": "/v1/vqa?question=x"}, 422),
     "the engine failed": (scripted(answer=EngineFailed("it broke")), {"body": question()}, 502),
     "a mistake of ours": (ScriptedEngine(broken), {"body": question()}, 500),
@@ -391,21 +493,25 @@ def test_who_hangs_up_gives_all_back(stream: bool) -> None:
 
 
 def test_drain_lets_the_old_finish_and_refuses_the_new() -> None:
-    """From then on readiness is false and new questions are refused; who runs and who waits are answered."""
+    """From then on readiness is false and new questions are refused; who runs, waits or sends is answered."""
     engine = endless()
     app = create_app(support.mini_settings(max_concurrent=1, max_queued=5, queue_seconds=PATIENCE), engine)
     with support.served(app) as url:
         meter = Meter.of(url)
-        with holding(url, engine) as first, Caller(url, question()) as second:
+        with holding(url, engine) as first, Caller(url, question()) as second, contextlib.ExitStack() as callers:
             support.wait_until(lambda: meter("ergo_requests_queued") == 1, "one waits")
+            body = json.dumps({"messages": [says(picture(), "?")]}).encode()
+            fourth = callers.enter_context(Caller(url, body[:9], CHAT, length=len(body)))
+            support.wait_until(lambda: meter("ergo_requests_in_flight") == 3, "one sends")
             assert support.answers(f"{url}/readyz")
             app.state.ending.begin()
             assert not support.answers(f"{url}/readyz")
             assert support.answers(f"{url}/healthz")
             with Caller(url, question()) as third:
                 assert int(refused(third, meter, "draining")["retry-after"]) <= 2
+            fourth.send(body[9:])
             let_end(engine)
-            assert [caller.answer()[0] for caller in (first, second)] == [200, 200]
+            assert [caller.answer()[0] for caller in (first, second, fourth)] == [200] * 3
         support.wait_until(lambda: idle(meter), "all is free")
 
 

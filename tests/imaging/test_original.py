@@ -182,3 +182,23 @@ def test_a_broken_end_is_found_by_the_one_who_asks() -> None:
             await original.aclose()
 
     run(work)
+
+
+def test_images_that_do_not_arrive_keep_out_none_that_has() -> None:
+    """Beginnings of large images, whose rest never comes, hold a fourth of the memory at most, and nobody waits behind them."""
+    data, small = picture("PNG", 3000, 3000), picture("JPEG")
+    memory = 8 * support.header(data).working_bytes
+
+    async def work(images: ImageWork) -> None:
+        stuck = [Original(ImageFile(), images) for _ in range(16)]
+        for original in stuck:
+            original.expect(BUDGET)
+            original.file.write(data[:5000])
+        await asyncio.to_thread(support.wait_until, lambda: images.memory.in_use > 0, "some are looked at")
+        await asyncio.sleep(0.2)
+        assert (images.memory.in_use <= memory // 4, images.memory.waiting) == (True, 0)
+        assert (await Original(ImageFile.of(small), images).overview(BUDGET)).data == support.look(small, 64).data
+        for original in stuck:
+            await original.aclose()
+
+    run(work, memory_bytes=memory, arriving=16)

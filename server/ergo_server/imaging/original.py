@@ -52,7 +52,7 @@ class Original:
         return other
 
     def expect(self, budget: PixelBudget) -> None:
-        """Make the overview while the bytes arrive. Does nothing where too many images are arriving already."""
+        """Make the overview while the bytes arrive, unless too many images are arriving already, or hold too much memory."""
         self._arriving = asyncio.create_task(self._arrive(budget))
 
     def check(self) -> None:
@@ -125,29 +125,38 @@ class Original:
             if threads is None:
                 return
             header = await self._work.run(partial(read_header, self.file, self._work.limits), threads=threads)
-            self._views[budget] = await self._look(header, budget, threads)
+            at_once = not decode.reduces(header)
+            hold = self._work.reserve_for_arrival(header.working_bytes + (header.pixel_bytes if at_once else 0))
+            if hold is not None and at_once:
+                self._loading = asyncio.create_task(self._load(header, hold, threads))
+                pixels = await self._loading
+                self._views[budget] = await self._work.run(partial(view.overview, pixels, header, budget), threads=threads)
+            elif hold is not None:
+                self._views[budget] = await self._work.run(
+                    partial(view.overview, self.file, header, budget), hold, threads=threads
+                )
             self._header = header
 
     async def _arrived(self) -> None:
         if self._arriving is not None:
             await self._arriving
 
-    async def _look(self, header: ImageHeader, budget: PixelBudget, threads: ThreadPoolExecutor | None = None) -> View:
+    async def _look(self, header: ImageHeader, budget: PixelBudget) -> View:
         """Make the overview; from all pixels, which are then kept, where that takes no longer."""
         if self._loading is None and not decode.reduces(header):
-            self._load_if_possible(header, threads)
+            self._load_if_possible(header)
         if self._loading is not None and not decode.reduces(header):
             pixels = await self._loading
             return await self._work.run(partial(view.overview, pixels, header, budget))
         hold = await self._work.reserve(header.working_bytes)
-        return await self._work.run(partial(view.overview, self.file, header, budget), hold, threads=threads)
+        return await self._work.run(partial(view.overview, self.file, header, budget), hold)
 
-    def _load_if_possible(self, header: ImageHeader, threads: ThreadPoolExecutor | None = None) -> None:
+    def _load_if_possible(self, header: ImageHeader) -> None:
         hold = self._work.memory.try_take(header.working_bytes + header.pixel_bytes)
         if hold is not None:
-            self._loading = asyncio.create_task(self._load(header, hold, threads))
+            self._loading = asyncio.create_task(self._load(header, hold))
 
-    async def _load(self, header: ImageHeader, hold: Hold, threads: ThreadPoolExecutor | None) -> decode.Pixels:
+    async def _load(self, header: ImageHeader, hold: Hold, threads: ThreadPoolExecutor | None = None) -> decode.Pixels:
         started = time.perf_counter()
         pixels = await self._work.run(partial(decode.load, self.file, header), hold, keep=True, threads=threads)
         self._kept = hold

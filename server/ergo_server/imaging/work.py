@@ -27,6 +27,10 @@ T = TypeVar("T")
 MEMORY_BYTES = 2 << 30
 """Four of the largest photographs (108 megapixels, 3 bytes each) decoded as a whole, or hundreds of usual ones by the row."""
 
+ARRIVALS_SHARE = 4
+"""Images that still arrive may take one part in so many of the memory: who sends the beginning of a large image and then nothing
+must not keep it from those whose image is there."""
+
 WAIT_SECONDS = 10.0
 """For memory. Decodes take a tenth of a second each: who waited for 10 s stands before a hundred others."""
 
@@ -106,12 +110,15 @@ class Hold:
 
     _reserve: Reserve
     _count: int
+    _also: Hold | None = None
 
     def release(self) -> None:
         """Give them back; once."""
         count, self._count = self._count, 0
         if count:
             self._reserve._give_back(count)
+            if self._also is not None:
+                self._also.release()
 
 
 class ImageWork:
@@ -145,10 +152,22 @@ class ImageWork:
         self._threads = ThreadPoolExecutor(threads, "decode")
         self._arrivals_left = arriving
         self._arrivals = ThreadPoolExecutor(max(1, arriving), "arrive")
+        self._arrivals_memory = Reserve(memory_bytes // ARRIVALS_SHARE)
 
     async def reserve(self, count: int) -> Hold:
         """Reserve memory; see `Reserve.take`."""
         return await self.memory.take(count, self._wait_seconds)
+
+    def reserve_for_arrival(self, count: int) -> Hold | None:
+        """Reserve memory for an image that still arrives, if that is possible at once; it never stands in line before others."""
+        share = self._arrivals_memory.try_take(count)
+        if share is None:
+            return None
+        hold = self.memory.try_take(count)
+        if hold is None:
+            share.release()
+            return None
+        return Hold(self.memory, count, share)
 
     @contextlib.contextmanager
     def arrival(self) -> Iterator[ThreadPoolExecutor | None]:
