@@ -18,7 +18,7 @@ RUN ?= runs/ergo-mini
 URL ?= http://$(HOST):$(PORT)
 BIN := .venv/bin
 
-.PHONY: run test attack check bench train evaluate clean
+.PHONY: run test check bench bench-images attack train evaluate clean
 .DELETE_ON_ERROR:
 
 run: .venv/.embedded

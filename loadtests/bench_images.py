@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ergo_server.imaging import decode, view
-from ergo_server.imaging.encoded import ImageFile, Stop
+from ergo_server.imaging.file import ImageFile, Stop
 from ergo_server.imaging.geometry import Box, PixelBudget, Size
-from ergo_server.imaging.heading import Limits, read_header
+from ergo_server.imaging.header import Limits, read_header
 from ergo_server.imaging.original import Original
 from ergo_server.imaging.work import ImageWork
 
@@ -44,7 +44,7 @@ FORMS = {
     "JPEG": {"format": "JPEG", "quality": 90},
     "progressive JPEG": {"format": "JPEG", "quality": 90, "progressive": True},
     "PNG": {"format": "PNG", "compress_level": 1},
-    "WebP": {"format": "WEBP", "quality": 90, "method": 0},
+    "WebP": {"format": "WEBP", "quality": 75, "method": 2},
 }
 
 BARS = {"JPEG": {2: 8, 12: 5.5, 24: 4.5, 50: 4.5, 108: 4}, "progressive JPEG": {24: 1.8}, "PNG": {24: 2.3}, "WebP": {24: 2.0}}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Generator, Iterator
 
 import pytest
 import support
+from upstream import Upstream
 
 
 @pytest.hookimpl(wrapper=True)
@@ -56,3 +58,17 @@ def real(request: pytest.FixtureRequest) -> str:
     """URL of a gateway, on each of the two real engines in turn."""
     url: str = request.getfixturevalue(request.param)
     return url
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    """An engine."""
+    with Upstream() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.go_on.set()
+            server.shutdown()
+            thread.join()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import httpx2
 from fastapi import FastAPI
@@ -20,9 +24,9 @@ import ergo_mini
 from ergo_server.api.app import create_app
 from ergo_server.api.listen import listen, server
 from ergo_server.engine.base import Engine
-from ergo_server.imaging.encoded import ImageFile, Stop
+from ergo_server.imaging.file import ImageFile, Stop
 from ergo_server.imaging.geometry import PixelBudget
-from ergo_server.imaging.heading import ImageHeader, Limits, read_header
+from ergo_server.imaging.header import ImageHeader, Limits, read_header
 from ergo_server.imaging.view import View, overview
 from ergo_server.settings import Settings
 from ergo_train.scenes import HELD_OUT, Scene, scene
@@ -101,6 +105,72 @@ def gateway(instead: Engine | None = None, **given: object) -> Iterator[str]:
     with served(create_app(mini_settings(**given), instead)) as url:
         wait_until(lambda: answers(f"{url}/readyz"), "the gateway is ready")
         yield url
+
+
+class Process:
+    """A server in a process of its own, once it is ready.
+
+    Args:
+        running: ``ergo-vqa serve``.
+        complaints: what it writes to its standard error.
+    """
+
+    def __init__(self, running: subprocess.Popen[str], complaints: IO[str]) -> None:
+        self._running = running
+        self._complaints = complaints
+        assert running.stdout is not None
+        address = re.search(r"http://127\.0\.0\.1:\d+", running.stdout.readline())
+        assert address is not None, self.complaints()
+        self.url = address[0]
+        self.pid = running.pid
+        wait_until(lambda: answers(f"{self.url}/readyz"), "the server is ready")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens."""
+        host, port = self.url.removeprefix("http://").split(":")
+        return host, int(port)
+
+    def get(self, path: str) -> httpx2.Response:
+        """Ask."""
+        return httpx2.get(f"{self.url}{path}", trust_env=False, timeout=60)
+
+    def signal(self, which: signal.Signals = signal.SIGTERM) -> None:
+        """Send it a signal: to stop, unless another is given."""
+        self._running.send_signal(which)
+
+    def accepts(self) -> bool:
+        """Say whether it still takes connections."""
+        try:
+            socket.create_connection(self.address, timeout=60).close()
+        except ConnectionError:
+            return False
+        return True
+
+    def complaints(self) -> str:
+        """Return what it has complained of so far."""
+        self._complaints.seek(0)
+        return self._complaints.read()
+
+    def end(self) -> tuple[int, str]:
+        """Wait until it has ended; returns its exit status, and what it complained of."""
+        return self._running.wait(60), self.complaints()
+
+
+@contextlib.contextmanager
+def process(**settings: object) -> Iterator[Process]:
+    """Run ``ergo-vqa serve`` for ergo-mini, on the embedded engine unless the settings name another."""
+    given = {"prompts": PROMPTS, **settings}
+    environment = {f"ERGO_{name.upper()}": str(value) for name, value in given.items()}
+    command = [sys.executable, "-m", "ergo_server", "serve", "--port", "0"]
+    with (
+        tempfile.TemporaryFile("a+") as complaints,  # not a pipe, which stops its writer when nobody reads
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True, env=os.environ | environment) as running,
+    ):
+        try:
+            yield Process(running, complaints)
+        finally:
+            running.kill()
 
 
 def free_port() -> int:

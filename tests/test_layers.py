@@ -16,7 +16,7 @@ MAY_IMPORT = {
     **{room: set(ROOMS[number:]) for number, room in enumerate(ROOMS)},
     "intake": {"intake", "imaging", "errors"},
     "settings": {"settings", "pipeline", "engine", "intake", "imaging"},
-    "__main__": {"api", "settings", "protocol"},
+    "__main__": {"api", "settings", "protocol", "imaging"},
 }
 MAY_IMPORT["api"] |= {"intake"}
 MAY_IMPORT["telemetry"] |= {"intake"}

@@ -74,6 +74,7 @@ def _serve(args: argparse.Namespace) -> int:
     from ergo_server.api.app import create_app
     from ergo_server.api.keys import KeysError
     from ergo_server.api.listen import listen, server
+    from ergo_server.imaging.work import return_freed_memory
     from ergo_server.protocol.prompts import PromptsError
     from ergo_server.settings import Settings
 
@@ -88,6 +89,7 @@ def _serve(args: argparse.Namespace) -> int:
     host, port = listening.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     print(_WELCOME.format(url=f"http://{shown}:{port}", engine=settings.engine, command=_command()), flush=True)
+    return_freed_memory()
     running = server(app)
     running.run(sockets=[listening])
     print()  # after the ^C that a terminal shows

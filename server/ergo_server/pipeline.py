@@ -20,7 +20,7 @@ from typing import Literal
 from ergo_server.engine.base import Delta, Engine, Generation, Sampling
 from ergo_server.errors import EngineTimeout, ErgoError
 from ergo_server.imaging.geometry import Box, PixelBudget, Size, baseline_visual_tokens
-from ergo_server.imaging.heading import ImageHeader
+from ergo_server.imaging.header import ImageHeader
 from ergo_server.imaging.original import Original
 from ergo_server.imaging.view import View
 from ergo_server.protocol.base import Action, Answer, Ask, Malformed, MalformedReason, Policy, Question, Resize, Seen, Zoom, cut

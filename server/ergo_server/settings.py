@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from ergo_server.engine.breaker import FAILURES, OPEN_SECONDS
 from ergo_server.engine.retries import BURST, SHARE
 from ergo_server.imaging.geometry import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS
-from ergo_server.imaging.heading import MAX_PIXELS, Limits
+from ergo_server.imaging.header import MAX_PIXELS, Limits
 from ergo_server.imaging.work import DECODE_SECONDS, MEMORY_BYTES, WAIT_SECONDS
 from ergo_server.intake import store
 from ergo_server.intake.fetch import FetchLimits, FetchMode

@@ -32,7 +32,7 @@ from ergo_server.errors import (
     EngineTimeout,
     EngineUnavailable,
 )
-from ergo_server.imaging.encoded import ImageFile
+from ergo_server.imaging.file import ImageFile
 from ergo_server.imaging.geometry import PixelBudget
 from ergo_server.imaging.original import Original
 from ergo_server.imaging.view import View

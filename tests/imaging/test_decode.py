@@ -28,9 +28,9 @@ from ergo_server.errors import (
     ImageUnsupported,
 )
 from ergo_server.imaging.decode import Pixels, load
-from ergo_server.imaging.encoded import Cancelled, ImageFile, Stop
+from ergo_server.imaging.file import Cancelled, ImageFile, Stop
 from ergo_server.imaging.geometry import Box, PixelBudget, Size
-from ergo_server.imaging.heading import MAX_PIXELS, Limits, read_header
+from ergo_server.imaging.header import MAX_PIXELS, Limits, read_header
 from ergo_server.imaging.view import View, crop, overview, pixels
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)

@@ -25,9 +25,9 @@ from hostile import BOMBS, bmp_of_runs, chunk, encoded, gif_of_frames, jpeg_of_s
 from PIL import Image
 
 from ergo_server.errors import ImageError, ImageTooLarge, ImageTooSlow, ImageUnreadable
-from ergo_server.imaging.encoded import ImageFile, Stop
+from ergo_server.imaging.file import ImageFile, Stop
 from ergo_server.imaging.geometry import Box, PixelBudget, Size
-from ergo_server.imaging.heading import ImageHeader, Limits, read_header
+from ergo_server.imaging.header import ImageHeader, Limits, read_header
 from ergo_server.imaging.view import View, crop, overview
 
 MUTATIONS = 3000

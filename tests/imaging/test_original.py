@@ -12,7 +12,7 @@ import support
 from PIL import Image
 
 from ergo_server.errors import ImageError, ImageUnreadable, Overloaded
-from ergo_server.imaging.encoded import ImageFile
+from ergo_server.imaging.file import ImageFile
 from ergo_server.imaging.geometry import Box, PixelBudget
 from ergo_server.imaging.original import Original
 from ergo_server.imaging.work import ImageWork

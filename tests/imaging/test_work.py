@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ergo_server.errors import ImageTooLarge, ImageTooSlow, Overloaded
-from ergo_server.imaging.encoded import Stop
+from ergo_server.imaging.file import Stop
 from ergo_server.imaging.work import Hold, ImageWork, Reserve
 
 PATIENCE = 60.0

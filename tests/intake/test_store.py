@@ -9,7 +9,7 @@ import pytest
 import support
 
 from ergo_server.errors import Overloaded, RateLimited, UnknownImage
-from ergo_server.imaging.encoded import ImageFile
+from ergo_server.imaging.file import ImageFile
 from ergo_server.imaging.original import Original
 from ergo_server.imaging.work import ImageWork
 from ergo_server.intake.store import RETRY_SECONDS, ImageStore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ import pytest
 from support import CHECKPOINT, ROOT
 
 import ergo_client
+from ergo_server.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +90,10 @@ def test_every_version_is_pinned() -> None:
     """constraints.txt holds exact versions only, without a path or a build."""
     lines = [line for line in Path(ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9A-Za-z.]+", line) for line in lines)
+
+
+def test_the_configuration_page_is_up_to_date() -> None:
+    """Running docs/settings.py again would change nothing, so every setting is there with the default that it has."""
+    made = runpy.run_path(str(ROOT / "docs" / "settings.py"))["page"]()
+    assert (ROOT / "docs" / "configuration.md").read_text() == made
+    assert all(f"`ERGO_{name.upper()}`" in made for name in Settings.model_fields)

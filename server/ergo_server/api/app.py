@@ -27,7 +27,7 @@ from ergo_server.api.service import Service
 from ergo_server.engine.base import Engine
 from ergo_server.engine.breaker import Breaker
 from ergo_server.engine.retries import RetryBudget, RetryOutcome
-from ergo_server.imaging.heading import Limits as ImageLimits
+from ergo_server.imaging.header import Limits as ImageLimits
 from ergo_server.imaging.work import ImageWork
 from ergo_server.intake.fetch import Fetcher, FetchLimits
 from ergo_server.intake.store import ImageStore

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from ergo_server.imaging.geometry import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS
-from ergo_server.imaging.heading import ImageHeader
+from ergo_server.imaging.header import ImageHeader
 from ergo_server.pipeline import RegionReport, Result, Turn, VisualTokens
 
 MAX_TEXT = 32_768

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from ergo_server.engine.base import Delta, EngineStatus, FinishReason, Generation, Sampling, Usage, within
 from ergo_server.errors import ContextTooLong, EngineFailed, EngineRejected, EngineUnavailable
-from ergo_server.imaging.encoded import Stop
-from ergo_server.imaging.heading import Limits
+from ergo_server.imaging.file import Stop
+from ergo_server.imaging.header import Limits
 from ergo_server.imaging.view import View, pixels
 from ergo_server.imaging.work import DECODE_SECONDS
 from ergo_server.protocol.conversation import Conversation

@@ -29,9 +29,9 @@ from PIL import Image
 from pyvips import voperation
 
 from ergo_server.errors import ErgoError, ImageUnreadable
-from ergo_server.imaging.encoded import Cancelled, ImageFile, Stop
+from ergo_server.imaging.file import Cancelled, ImageFile, Stop
 from ergo_server.imaging.geometry import Box, Size
-from ergo_server.imaging.heading import ImageHeader
+from ergo_server.imaging.header import ImageHeader
 from ergo_server.imaging.layout import Piece, Scans
 
 Kernel = Literal["cubic", "lanczos3"]

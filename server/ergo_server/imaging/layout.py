@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ergo_server.errors import ImageTooLarge, ImageUnreadable, ImageUnsupported
-from ergo_server.imaging.encoded import Cursor, ImageFile, Stop
+from ergo_server.imaging.file import Cursor, ImageFile, Stop
 from ergo_server.imaging.geometry import Size
 
 # A stretch of the file from … to (None: to its end, wherever that is), or bytes that take its place.

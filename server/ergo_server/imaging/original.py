@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from ergo_server.imaging import decode, view
-from ergo_server.imaging.encoded import ImageFile
+from ergo_server.imaging.file import ImageFile
 from ergo_server.imaging.geometry import Box, PixelBudget
-from ergo_server.imaging.heading import ImageHeader, read_header
+from ergo_server.imaging.header import ImageHeader, read_header
 from ergo_server.imaging.view import View
 from ergo_server.imaging.work import Hold, ImageWork
 

@@ -15,9 +15,9 @@ import pyvips
 from PIL import Image, ImageCms
 
 from ergo_server.imaging.decode import Cut, Kernel, Pixels, cut
-from ergo_server.imaging.encoded import ImageFile, Stop
+from ergo_server.imaging.file import ImageFile, Stop
 from ergo_server.imaging.geometry import Box, PixelBudget, Size, visual_tokens
-from ergo_server.imaging.heading import ImageHeader, Limits, read_header
+from ergo_server.imaging.header import ImageHeader, Limits, read_header
 
 # Transpositions that make an image upright, by EXIF orientation (CIPA DC-008, 4.6.5.1.6).
 _UPRIGHT = {

@@ -13,14 +13,15 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 from ergo_server.errors import ImageTooLarge, Overloaded
-from ergo_server.imaging.encoded import Stop
-from ergo_server.imaging.heading import Limits
+from ergo_server.imaging.file import Stop
+from ergo_server.imaging.header import Limits
 
 T = TypeVar("T")
 
@@ -36,6 +37,17 @@ WAIT_SECONDS = 10.0
 
 DECODE_SECONDS = 10.0
 """For one decode. The largest progressive photograph takes 1.3 s on one core; a loaded machine may be several times slower."""
+
+
+def return_freed_memory() -> None:
+    """Have the C library give large pieces of memory back to the system when they are freed; for the whole process.
+
+    glibc learns from what is freed that such sizes are wanted, and keeps up to 32 MB of each: after twelve images of 100
+    megapixels 1,670 MiB of them, with this 270. Does nothing where the C library is another.
+    """
+    m_mmap_threshold, size = -3, 1 << 20  # malloc.h; larger pieces are mapped, and unmapped when they are freed
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, size)
 
 
 class Reserve:
@@ -204,14 +216,15 @@ class ImageWork:
         stop = Stop(self._decode_seconds)
         abandoned = False
 
-        def ended() -> None:
+        # Neither names `job`, which keeps its callbacks: a ring of references would keep its pixels until Python looks for rings.
+        def ended(done: Future[T]) -> None:
             self.busy -= 1
-            if hold is not None and (not keep or abandoned or job.cancelled() or job.exception()):
+            if hold is not None and (not keep or abandoned or done.cancelled() or done.exception()):
                 hold.release()
 
-        def tell(_: Future[T]) -> None:
+        def tell(done: Future[T]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: there is nobody left to count for
-                loop.call_soon_threadsafe(ended)
+                loop.call_soon_threadsafe(ended, done)
 
         job = (threads or self._threads).submit(work, stop)
         self.busy += 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pybase64
 
 from ergo_server.errors import ImageUnreadable, RequestError
-from ergo_server.imaging.encoded import ImageFile
+from ergo_server.imaging.file import ImageFile
 from ergo_server.imaging.geometry import PixelBudget
 from ergo_server.imaging.original import Original
 from ergo_server.imaging.work import ImageWork

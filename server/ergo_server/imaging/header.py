@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ergo_server.errors import ImageAspect, ImageTooLarge, ImageUnreadable, ImageUnsupported
-from ergo_server.imaging.encoded import ImageFile, Stop
+from ergo_server.imaging.file import ImageFile, Stop
 from ergo_server.imaging.geometry import MAX_ASPECT, Size
 from ergo_server.imaging.layout import LAYOUTS, Piece
 
