@@ -228,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megapixels", type=int, nargs="*", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--forms", nargs="*", choices=list(FORMS), default=list(FORMS))
-    parser.add_argument("--rounds", type=int, default=5, help="of the smaller images; large ones get fewer (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of 24 megapixels; smaller images get more, large ones fewer (%(default)s)")
     parser.add_argument("--peak", nargs=2, metavar=("WHOSE", "FILE"), help="print one process's peak memory (used by itself)")
     args = parser.parse_args()
     if args.peak:
@@ -249,7 +249,7 @@ def main() -> None:
                     print(f"| {megapixels} MP {form} | cannot be written: {error} |" + " |" * 8, flush=True)
                     continue
                 data = path.read_bytes()
-                found = compare(data, max(1, min(args.rounds, 120 // megapixels)))
+                found = compare(data, max(1, min(5 * args.rounds, 120 // megapixels)))
                 ratio = found["naive overview"] / found["overview"]
                 memory = {whose: max(1, peak(path, whose)) for whose in ("naive", "ours")}
                 bar = BARS[form].get(megapixels)
