@@ -228,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megapixels", type=int, nargs="*", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--forms", nargs="*", choices=list(FORMS), default=list(FORMS))
-    parser.add_argument("--rounds", type=int, default=5, help="of 24 megapixels; smaller images get more, large ones fewer (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="at 24 megapixels; smaller images get more (%(default)s)")
     parser.add_argument("--peak", nargs=2, metavar=("WHOSE", "FILE"), help="print one process's peak memory (used by itself)")
     args = parser.parse_args()
     if args.peak:
