@@ -18,7 +18,7 @@ from PIL import Image
 # --- images -------------------------------------------------------------------------------------------------------------------
 
 
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     """Return the file of an image."""
     with io.BytesIO() as file:
         image.save(file, kind, **options)

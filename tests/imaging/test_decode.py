@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import support
+from hostile import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps, ImageStat
@@ -34,13 +35,6 @@ from ergo_server.imaging.header import MAX_PIXELS, Limits, read_header
 from ergo_server.imaging.view import View, crop, overview, pixels
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    """Return the file of an image."""
-    with io.BytesIO() as file:
-        image.save(file, kind, **options)
-        return file.getvalue()
 
 
 def exif(orientation: int) -> bytes:

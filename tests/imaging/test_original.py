@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import io
 from collections.abc import Awaitable, Callable
 
 import pytest
 import support
+from hostile import encoded
 from PIL import Image
 
 from ergo_server.errors import ImageError, ImageUnreadable, Overloaded
@@ -26,9 +26,7 @@ def picture(kind: str, width: int = 1600, height: int = 1200) -> bytes:
     """Return the file of an image of some noise."""
     bands = [Image.effect_noise((width // 8, height // 8), 90).resize((width, height)) for _ in "rgb"]
     options = {"progressive": True} if kind == "progressive" else {}
-    with io.BytesIO() as file:
-        Image.merge("RGB", bands).save(file, "JPEG" if options else kind, **options)
-        return file.getvalue()
+    return encoded(Image.merge("RGB", bands), "JPEG" if options else kind, **options)
 
 
 def run(work: Callable[[ImageWork], Awaitable[None]], **given: int) -> None:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import support
+from hostile import encoded
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageCms, ImageStat
@@ -22,13 +23,6 @@ from ergo_server.imaging.view import View
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
     """Return an image of noise, in which any resampling or loss shows."""
     return Image.merge("RGB", [Image.effect_noise((width, height), 90) for _ in "rgb"]).convert(mode)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    """Return the file of an image."""
-    with io.BytesIO() as file:
-        image.save(file, kind, **options)
-        return file.getvalue()
 
 
 def overview(image: Image.Image, budget: PixelBudget) -> View:

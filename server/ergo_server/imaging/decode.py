@@ -32,11 +32,9 @@ from ergo_server.errors import ErgoError, ImageUnreadable
 from ergo_server.imaging.file import Cancelled, ImageFile, Stop
 from ergo_server.imaging.geometry import Box, Size
 from ergo_server.imaging.header import ImageHeader
-from ergo_server.imaging.layout import Piece, Scans
+from ergo_server.imaging.layout import WHOLE, Piece, Scans
 
 Kernel = Literal["cubic", "lanczos3"]
-
-WHOLE: tuple[Piece, ...] = ((0, None),)
 
 ENOUGH = 2
 """A reduced decode leaves at least so many times the size that is wanted, on both axes."""

@@ -79,6 +79,11 @@ class ImageHeader:
     """What the decoder is given: the first frame alone, no compressed text."""
 
     @property
+    def load_bytes(self) -> int:
+        """Upper bound of the memory that decoding it as a whole takes, and keeping that."""
+        return self.working_bytes + self.pixel_bytes
+
+    @property
     def stored(self) -> Size:
         """Width and height as the pixels stand in the file, before they are turned upright."""
         return self.size if self.orientation < 5 else Size(*self.size[::-1])

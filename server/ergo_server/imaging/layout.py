@@ -26,6 +26,9 @@ from ergo_server.imaging.geometry import Size
 # A stretch of the file from … to (None: to its end, wherever that is), or bytes that take its place.
 Piece = tuple[int, int | None] | bytes
 
+WHOLE: tuple[Piece, ...] = ((0, None),)
+"""The file as it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -37,7 +40,7 @@ class Layout:
     """Of the decoded pixels, once palettes are expanded and transparency is gone: 1, 3, or 4 (CMYK)."""
     held: int
     """Most bytes that a decoder of the format keeps for the whole image while it decodes a part or all of it."""
-    pieces: tuple[Piece, ...] = ((0, None),)
+    pieces: tuple[Piece, ...] = WHOLE
     """What the decoder is given, in this order."""
     exif: bytes = b""
     """The EXIF block, if there is one where the format puts it."""
@@ -243,7 +246,7 @@ def webp(file: ImageFile, limit: int, stop: Stop) -> Layout:
             metadata.add(length + 8)
         if kind in (b"ICCP", b"ANIM", b"ANMF"):
             kept.append((begin, min(at.position, there)))
-    pieces: tuple[Piece, ...] = ((0, None),)
+    pieces = WHOLE
     if flags & 0x02:  # animated: the container, and the first frame alone
         length = 4 + sum(end - begin for begin, end in kept)
         pieces = (b"RIFF" + struct.pack("<I", length) + b"WEBP", *kept)

@@ -70,7 +70,8 @@ class Original:
         Raises:
             ImageError: the bytes are no image, or none that is let in.
         """
-        await self._arrived()
+        if self._arriving is not None:
+            await self._arriving
         if self._header is None:
             self._header = await self._work.run(partial(read_header, self.file, self._work.limits))
         return self._header
@@ -90,7 +91,7 @@ class Original:
     async def prepare(self) -> None:
         """Begin to decode it as a whole, where that is worth it and there is memory to spare."""
         header = await self.header()
-        if self._loading is None and decode.keeps(header):
+        if decode.keeps(header):
             self._load_if_possible(header)
 
     async def crop(self, region: Box, budget: PixelBudget) -> View:
@@ -125,35 +126,36 @@ class Original:
             if threads is None:
                 return
             header = await self._work.run(partial(read_header, self.file, self._work.limits), threads=threads)
-            at_once = not decode.reduces(header)
-            hold = self._work.reserve_for_arrival(header.working_bytes + (header.pixel_bytes if at_once else 0))
-            if hold is not None and at_once:
+            reduces = decode.reduces(header)
+            hold = self._work.reserve_for_arrival(header.working_bytes if reduces else header.load_bytes)
+            if hold is not None and not reduces:
                 self._loading = asyncio.create_task(self._load(header, hold, threads))
-                pixels = await self._loading
-                self._views[budget] = await self._work.run(partial(view.overview, pixels, header, budget), threads=threads)
+                self._views[budget] = await self._overview(await self._loading, header, budget, None, threads)
             elif hold is not None:
-                self._views[budget] = await self._work.run(
-                    partial(view.overview, self.file, header, budget), hold, threads=threads
-                )
+                self._views[budget] = await self._overview(self.file, header, budget, hold, threads)
             self._header = header
-
-    async def _arrived(self) -> None:
-        if self._arriving is not None:
-            await self._arriving
 
     async def _look(self, header: ImageHeader, budget: PixelBudget) -> View:
         """Make the overview; from all pixels, which are then kept, where that takes no longer."""
-        if self._loading is None and not decode.reduces(header):
+        if not decode.reduces(header):
             self._load_if_possible(header)
-        if self._loading is not None and not decode.reduces(header):
-            pixels = await self._loading
-            return await self._work.run(partial(view.overview, pixels, header, budget))
-        hold = await self._work.reserve(header.working_bytes)
-        return await self._work.run(partial(view.overview, self.file, header, budget), hold)
+            if self._loading is not None:
+                return await self._overview(await self._loading, header, budget)
+        return await self._overview(self.file, header, budget, await self._work.reserve(header.working_bytes))
+
+    async def _overview(
+        self,
+        source: ImageFile | decode.Pixels,
+        header: ImageHeader,
+        budget: PixelBudget,
+        hold: Hold | None = None,
+        threads: ThreadPoolExecutor | None = None,
+    ) -> View:
+        return await self._work.run(partial(view.overview, source, header, budget), hold, threads=threads)
 
     def _load_if_possible(self, header: ImageHeader) -> None:
-        hold = self._work.memory.try_take(header.working_bytes + header.pixel_bytes)
-        if hold is not None:
+        """Begin to decode it as a whole, unless that has begun or there is no memory to spare."""
+        if self._loading is None and (hold := self._work.memory.try_take(header.load_bytes)):
             self._loading = asyncio.create_task(self._load(header, hold))
 
     async def _load(self, header: ImageHeader, hold: Hold, threads: ThreadPoolExecutor | None = None) -> decode.Pixels:

@@ -94,9 +94,9 @@ class Images:
                 return self.whole(await asyncio.to_thread(_decode_base64, data))
             if image.startswith("img_"):
                 return self._closed(self.store.get(self.tenant, image).original.again())
-            if _ADDRESS.match(image) and not fetch:
-                raise RequestError("no remote image is fetched here; send the bytes, or a data: URL", param="image")
             if _ADDRESS.match(image):
+                if not fetch:
+                    raise RequestError("no remote image is fetched here; send the bytes, or a data: URL", param="image")
                 arriving = self.arriving(budget)
                 await self.fetcher.fetch(image, arriving.write)
                 arriving.end()
