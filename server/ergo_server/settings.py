@@ -12,8 +12,9 @@ from ergo_server.engine.breaker import FAILURES, OPEN_SECONDS
 from ergo_server.engine.retries import BURST, SHARE
 from ergo_server.imaging.geometry import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS
 from ergo_server.imaging.header import MAX_PIXELS, Limits
-from ergo_server.imaging.work import DECODE_SECONDS, MEMORY_BYTES, WAIT_SECONDS
+from ergo_server.imaging.work import ARRIVALS_SHARE, DECODE_SECONDS, MEMORY_BYTES, WAIT_SECONDS
 from ergo_server.intake import store
+from ergo_server.intake.body import RequestLimits
 from ergo_server.intake.fetch import FetchLimits, FetchMode
 from ergo_server.pipeline import Deadlines
 
@@ -145,6 +146,25 @@ class Settings(BaseSettings):
         gt=0,
         description="largest request body; lmms-eval re-encodes an 8K photograph to about 67 MB of base64",
     )
+    max_text_chars: int = Field(
+        default=RequestLimits().text_chars,
+        gt=0,
+        description="characters of a question with its choices and instructions, or of a conversation; at four a token twice "
+        "ERGO-7B's context, which itself refuses by the token",
+    )
+    max_images: int = Field(
+        default=RequestLimits().images,
+        ge=1,
+        description="images of a conversation; more would not fit the engine's context beside the two views of one",
+    )
+    max_form_fields: int = Field(
+        default=RequestLimits().form.fields, ge=2, description="fields of a form; a question has a dozen, and up to 26 choices"
+    )
+    max_form_field_bytes: int = Field(
+        default=RequestLimits().form.field_bytes,
+        gt=0,
+        description="bytes of one text in a form; max_text_chars in the longest letters, four bytes each, fit",
+    )
     max_pixels: int = Field(
         default=MAX_PIXELS, gt=0, description="largest image, width x height; the 108-megapixel photographs of telephones fit"
     )
@@ -169,6 +189,13 @@ class Settings(BaseSettings):
         gt=0,
         description="memory of all decodes at a time, reserved from the header before they begin: the largest lossless "
         "photograph takes 1.1 GiB, a JPEG of any size some 40 MiB",
+    )
+    image_arrivals_share: float = Field(
+        default=ARRIVALS_SHARE,
+        ge=0,
+        le=1,
+        description="of that memory, for images that still arrive: a quarter, so that who sends the beginning of a large image "
+        "and then nothing keeps it from nobody whose image is there",
     )
     image_memory_seconds: float = Field(
         default=WAIT_SECONDS, gt=0, description="longest wait for that memory; decodes take a tenth of a second each"

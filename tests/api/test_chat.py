@@ -418,7 +418,7 @@ MESSAGES: dict[str, tuple[list[Any], str]] = {
     "an image of the assistant": ([says(NEW, role="assistant"), says("?")], "messages"),
     "too many images": ([says(*[NEW] * 9, "?")], "messages"),
     "not Unicode": ([says(NEW, "\udc00?")], "messages.0.content.1"),
-    "too much text": ([says(NEW, *["x" * 300_000])], "messages"),
+    "too much text": ([says(NEW, "x" * 300_000)], "messages"),
 }
 
 

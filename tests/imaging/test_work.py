@@ -164,3 +164,25 @@ def test_a_decode_that_takes_too_long_is_told_to_stop() -> None:
         images.close()
 
     asyncio.run(work())
+
+
+def test_what_arrives_takes_its_share_of_the_memory_only() -> None:
+    """Images that still arrive are given no more than their part, nor what others have taken; all of it comes back."""
+
+    async def work() -> None:
+        images = ImageWork(threads=1, memory_bytes=10, arrivals_share=0.4)
+        first = images.reserve_for_arrival(3)
+        assert first is not None
+        assert images.reserve_for_arrival(2) is None
+        rest = await images.reserve(7)
+        assert images.reserve_for_arrival(1) is None
+        rest.release()
+        second = images.reserve_for_arrival(1)
+        assert second is not None
+        first.release()
+        second.release()
+        assert images.memory.in_use == 0
+        assert images.reserve_for_arrival(4) is not None
+        images.close()
+
+    asyncio.run(work())

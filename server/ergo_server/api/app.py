@@ -29,7 +29,9 @@ from ergo_server.engine.breaker import Breaker
 from ergo_server.engine.retries import RetryBudget, RetryOutcome
 from ergo_server.imaging.header import Limits as ImageLimits
 from ergo_server.imaging.work import ImageWork
+from ergo_server.intake.body import RequestLimits
 from ergo_server.intake.fetch import Fetcher, FetchLimits
+from ergo_server.intake.form import FormLimits
 from ergo_server.intake.store import ImageStore
 from ergo_server.pipeline import Deadlines, Pipeline, Record
 from ergo_server.protocol.base import ModelProfile
@@ -119,6 +121,9 @@ def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetche
         work=work,
         store=store,
         fetcher=fetcher or _fetcher(settings, metrics),
+        limits=RequestLimits(
+            settings.max_text_chars, settings.max_images, FormLimits(settings.max_form_fields, settings.max_form_field_bytes)
+        ),
         salted=lambda tenant: salt(secret, tenant),
         charge=limits.charge,
     )
@@ -199,6 +204,7 @@ def _image_work(settings: Settings) -> ImageWork:
         threads=settings.image_threads or os.cpu_count() or 1,
         arriving=settings.image_arrivals,
         memory_bytes=settings.image_memory_bytes,
+        arrivals_share=settings.image_arrivals_share,
         wait_seconds=settings.image_memory_seconds,
         decode_seconds=settings.decode_seconds,
         limits=ImageLimits(

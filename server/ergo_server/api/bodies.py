@@ -60,7 +60,7 @@ async def read_question(request: Request, service: Service, form: type[F]) -> tu
     def opened(fields: dict[str, Any]) -> Arriving:
         return images.arriving(service.likely_budget(fields.get("max_visual_tokens")) if looks else None)
 
-    values = await read_fields(request, opened)
+    values = await read_fields(request, opened, service.limits.form)
     image = values.pop("image", None)
     if image in (None, ""):
         raise RequestError("image: a question needs an image", param="image")
@@ -68,6 +68,7 @@ async def read_question(request: Request, service: Service, form: type[F]) -> tu
         fields = form.model_validate(values)
     except ValidationError as error:
         raise from_validation(error) from error
+    service.limits.check_text(fields.texts, "question")
     if isinstance(image, Original):
         return image, fields
     named = images.named(image, budget=service.likely_budget(fields.max_visual_tokens), fetch=looks)

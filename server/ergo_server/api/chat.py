@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse
 
 from ergo_server.api.bodies import ERRORS
 from ergo_server.api.errors import envelope, from_validation
-from ergo_server.api.schemas import MAX_TEXT, ErrorEnvelope, RegionInfo, Timings, TurnUsage, UsageInfo, VisualTokensInfo
+from ergo_server.api.schemas import ErrorEnvelope, RegionInfo, Timings, TurnUsage, UsageInfo, VisualTokensInfo
 from ergo_server.api.service import MODELS, Service
 from ergo_server.api.stream import event_stream, sse, unless_gone
 from ergo_server.engine.base import Delta, Generation, Sampling, Usage
@@ -33,7 +33,7 @@ from ergo_server.errors import ErgoError, RequestError, UnknownModel
 from ergo_server.imaging.geometry import PixelBudget, smart_resize
 from ergo_server.imaging.original import Original
 from ergo_server.imaging.view import View
-from ergo_server.intake.body import read_json
+from ergo_server.intake.body import RequestLimits, read_json
 from ergo_server.intake.images import Images
 from ergo_server.pipeline import (
     TURN_TOKENS,
@@ -50,9 +50,6 @@ from ergo_server.pipeline import (
 from ergo_server.protocol.base import Question
 from ergo_server.protocol.choices import split_choices
 from ergo_server.protocol.conversation import Conversation, Role
-
-MAX_IMAGES = 8
-"""Images of one conversation; more would not fit the engine's context beside the target's two views."""
 
 
 class StreamOptions(BaseModel):
@@ -155,7 +152,7 @@ def router(service: Service) -> APIRouter:
         with service.accepting():
             chat = await _read_chat(request)
             budget = service.likely_budget(chat.ergo.max_visual_tokens)
-            said = await unless_gone(request, _read_messages(chat.messages, service.images(request), budget))
+            said = await unless_gone(request, _read_messages(chat.messages, service.images(request), budget, service.limits))
             received = time.perf_counter() - request.scope["received_at"]
             raw = chat.model == "ergo-raw" or not any(isinstance(part, Original) for message in said for part in message.parts)
             asked = await unless_gone(request, _as_given(said)) if raw else _task(service, request, chat, said)
@@ -201,8 +198,10 @@ async def _read_chat(request: Request) -> ChatRequest:
     return chat
 
 
-async def _read_messages(messages: Sequence[dict[str, Any]], images: Images, budget: PixelBudget) -> list[_Said]:
-    _count_images(messages)
+async def _read_messages(
+    messages: Sequence[dict[str, Any]], images: Images, budget: PixelBudget, limits: RequestLimits
+) -> list[_Said]:
+    _count_images(messages, limits.images)
     said = []
     for number, message in enumerate(messages):
         where = f"messages.{number}"
@@ -217,17 +216,16 @@ async def _read_messages(messages: Sequence[dict[str, Any]], images: Images, bud
         said.append(_Said(_ROLES[role], tuple(read)))
     if said[-1].role != "user":
         raise RequestError("messages: the last one must be the user's", param="messages")
-    if sum(len(message.text) for message in said) > 8 * MAX_TEXT:
-        raise RequestError(f"messages: at most {8 * MAX_TEXT} characters of text", param="messages")
+    limits.check_text((message.text for message in said), "messages")
     return said
 
 
-def _count_images(messages: Sequence[dict[str, Any]]) -> None:
+def _count_images(messages: Sequence[dict[str, Any]], most: int) -> None:
     """Refuse too many images before the first of them is fetched."""
     contents = (message.get("content") for message in messages)
     parts = (part for content in contents if isinstance(content, list) for part in content)
-    if sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts) > MAX_IMAGES:
-        raise RequestError(f"messages: at most {MAX_IMAGES} images", param="messages")
+    if sum(isinstance(part, dict) and part.get("type") == "image_url" for part in parts) > most:
+        raise RequestError(f"messages: at most {most} images", param="messages")
 
 
 async def _read_part(part: object, where: str, images: Images, budget: PixelBudget) -> str | Original:

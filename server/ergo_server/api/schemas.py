@@ -10,11 +10,7 @@ from ergo_server.imaging.geometry import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS
 from ergo_server.imaging.header import ImageHeader
 from ergo_server.pipeline import RegionReport, Result, Turn, VisualTokens
 
-MAX_TEXT = 32_768
-"""Characters of a question: at four a token more than any of the checkpoints' contexts leaves room for."""
-
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)]
-Choice = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4096)]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class Form(BaseModel):
@@ -26,13 +22,18 @@ class Form(BaseModel):
         default=None, ge=MIN_VISUAL_TOKENS, le=MAX_VISUAL_TOKENS, description="pixel budget of each view; unset takes the model's"
     )
 
+    @property
+    def texts(self) -> list[str]:
+        """What the model is given to read."""
+        return []
+
 
 class VqaFields(Form):
     """A question, whatever the form of the body it came in; the image is kept apart."""
 
     question: Text = Field(description="what to find out")
-    choices: list[Choice] = Field(default=[], max_length=26, description="options, shown to the model in the answer turn only")
-    instructions: str = Field(default="", max_length=MAX_TEXT, description="how to answer, shown in the answer turn only")
+    choices: list[Text] = Field(default=[], max_length=26, description="options, shown to the model in the answer turn only")
+    instructions: str = Field(default="", description="how to answer, shown in the answer turn only")
     model: str = Field(default="ergo", description="`ergo` zooms, `ergo-single` does not")
     max_tokens: int | None = Field(default=None, ge=1, description="bounds the visible answer; the thinking is not counted")
     temperature: float = Field(default=0.0, ge=0, le=2)
@@ -43,6 +44,11 @@ class VqaFields(Form):
     )
     stream: bool = Field(default=False, description="answer with server-sent events")
     include: list[Literal["crop", "reasoning", "replies"]] = Field(default=[], description="what else to send back")
+
+    @property
+    def texts(self) -> list[str]:
+        """What the model is given to read."""
+        return [self.question, *self.choices, self.instructions]
 
 
 class EstimateFields(Form):

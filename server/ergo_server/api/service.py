@@ -13,6 +13,7 @@ from ergo_server.engine.base import Engine
 from ergo_server.errors import ErgoError, RequestError, UnknownModel
 from ergo_server.imaging.geometry import MIN_VISUAL_TOKENS, PixelBudget
 from ergo_server.imaging.work import ImageWork
+from ergo_server.intake.body import RequestLimits
 from ergo_server.intake.fetch import Fetcher
 from ergo_server.intake.images import Images
 from ergo_server.intake.store import ImageStore
@@ -37,6 +38,7 @@ class Service:
     work: ImageWork
     store: ImageStore
     fetcher: Fetcher
+    limits: RequestLimits
     salted: Callable[[Tenant], str]
     """Returns what keeps a tenant's part of the engine's prefix cache apart."""
     charge: Callable[[str, int], None]

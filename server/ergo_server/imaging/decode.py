@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,9 +54,13 @@ for _kind, _blocked in (
 logging.getLogger("pyvips").setLevel(logging.ERROR)  # below, it writes every call, and many lines for each broken file
 
 
+_MODES: dict[int, Literal["L", "RGB", "CMYK"]] = {1: "L", 3: "RGB", 4: "CMYK"}
+"""By the number of bands."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """All pixels of an image as they stand in the file: 8 bit; L, RGB or CMYK."""
+    """All pixels of an image as they stand in the file: 8 bit; L, RGB or CMYK. Decoded already, or when they are asked for."""
 
     image: pyvips.Image
     profile: bytes | None
@@ -65,9 +70,16 @@ class Pixels:
 class Cut:
     """A part of an image, resized; not upright yet, in the colours of its profile."""
 
-    image: Image.Image
-    """Mode L, RGB or CMYK."""
+    pixels: Any
+    """A buffer, row by row, 8 bit."""
+    size: Size
+    mode: Literal["L", "RGB", "CMYK"]
     profile: bytes | None
+
+    @property
+    def image(self) -> Image.Image:
+        """The same as an image, not copied."""
+        return Image.frombuffer(self.mode, self.size, self.pixels, "raw", self.mode, 0, 1)
 
 
 def keeps(header: ImageHeader) -> bool:
@@ -93,10 +105,10 @@ def load(file: ImageFile, header: ImageHeader, stop: Stop) -> Pixels:
         ImageTooSlow, Cancelled: see `Stop`.
     """
     with _opened(file, header, 1, stop) as opened:
-        image, profile = opened
+        image = opened.image
         pixels = _evaluated(image, stop)
         kept = pyvips.Image.new_from_memory(pixels, image.width, image.height, image.bands, "uchar")
-        return Pixels(kept.copy(interpretation=image.interpretation), profile)
+        return Pixels(kept.copy(interpretation=image.interpretation), opened.profile)
 
 
 def cut(source: ImageFile | Pixels, header: ImageHeader, box: Box, size: Size, kernel: Kernel, stop: Stop) -> Cut:
@@ -114,10 +126,9 @@ def cut(source: ImageFile | Pixels, header: ImageHeader, box: Box, size: Size, k
         ImageUnreadable, ImageTooLarge, ImageTooSlow, Cancelled: as `load`.
     """
     if isinstance(source, Pixels):
-        return Cut(_resized(source.image, header.stored, box, size, kernel, stop), source.profile)
+        return _resized(source, header.stored, box, size, kernel, stop)
     with _opened(source, header, _reduction(header, box.size, size), stop) as opened:
-        image, profile = opened
-        return Cut(_resized(image, header.stored, box, size, kernel, stop), profile)
+        return _resized(opened, header.stored, box, size, kernel, stop)
 
 
 def _reduction(header: ImageHeader, part: Size, size: Size) -> int:
@@ -126,8 +137,9 @@ def _reduction(header: ImageHeader, part: Size, size: Size) -> int:
     return next((k for k in allowed if all(have >= k * ENOUGH * want for have, want in zip(part, size, strict=True))), 1)
 
 
-def _resized(image: pyvips.Image, stored: Size, box: Box, size: Size, kernel: Kernel, stop: Stop) -> Image.Image:
+def _resized(source: Pixels, stored: Size, box: Box, size: Size, kernel: Kernel, stop: Stop) -> Cut:
     """Cut ``box``, given in pixels of the full size, out of an image that may be decoded smaller, and resize it."""
+    image = source.image
     across, down = image.width / stored.width, image.height / stored.height
     left, top, right, bottom = box.x1 * across, box.y1 * down, box.x2 * across, box.y2 * down
     x, y = int(left), int(top)
@@ -137,15 +149,16 @@ def _resized(image: pyvips.Image, stored: Size, box: Box, size: Size, kernel: Ke
         image = image.crop(x, y, width, height)
     if whole and width >= size.width and height >= size.height:
         image = image.resize(size.width / width, vscale=size.height / height, kernel=kernel, gap=0)
-        return _pillow(image, stop)
+        return _cut(image, source.profile, stop)
     # libvips shifts what it enlarges by part of a pixel (38 to 42 dB), and knows no fractions of a pixel; Pillow does better.
     edges = (left - x, top - y, min(width, right - x), min(height, bottom - y))
-    return _pillow(image, stop).resize(size, _PILLOW[kernel], box=edges)
+    near = _cut(image, source.profile, stop)
+    resized = near.image.resize(size, _PILLOW[kernel], box=edges)
+    return Cut(resized.tobytes(), size, near.mode, near.profile)
 
 
-def _pillow(image: pyvips.Image, stop: Stop) -> Image.Image:
-    mode = {1: "L", 3: "RGB", 4: "CMYK"}[image.bands]
-    return Image.frombuffer(mode, (image.width, image.height), _evaluated(image, stop), "raw", mode, 0, 1)
+def _cut(image: pyvips.Image, profile: bytes | None, stop: Stop) -> Cut:
+    return Cut(_evaluated(image, stop), Size(image.width, image.height), _MODES[image.bands], profile)
 
 
 def _evaluated(image: pyvips.Image, stop: Stop) -> Any:
@@ -161,14 +174,14 @@ def _evaluated(image: pyvips.Image, stop: Stop) -> Any:
 
 
 @contextlib.contextmanager
-def _opened(file: ImageFile, header: ImageHeader, reduction: int, stop: Stop) -> Any:
-    """Open a file as an image of 8 bit in L, RGB or CMYK, and its profile; what goes wrong within is an `ErgoError`."""
+def _opened(file: ImageFile, header: ImageHeader, reduction: int, stop: Stop) -> Iterator[Pixels]:
+    """Open a file; what goes wrong within is an `ErgoError`."""
     feed = _Feed(file, Scans(file, header.max_scans) if _has_scans(header) else None, stop)
     try:
         stop.check()
         image = _bmp(file, stop) if header.format == "bmp" else _loaded(file, header, reduction, feed, stop)
         has_profile = image.get_typeof("icc-profile-data") != 0
-        yield _plain(image), bytes(image.get("icc-profile-data")) if has_profile else None
+        yield Pixels(_plain(image), bytes(image.get("icc-profile-data")) if has_profile else None)
     except (ErgoError, Cancelled):
         raise
     except Exception as error:  # libvips has one exception for all, Pillow any; what ended the decode is known elsewhere

@@ -28,9 +28,9 @@ T = TypeVar("T")
 MEMORY_BYTES = 2 << 30
 """Four of the largest photographs (108 megapixels, 3 bytes each) decoded as a whole, or hundreds of usual ones by the row."""
 
-ARRIVALS_SHARE = 4
-"""Images that still arrive may take one part in so many of the memory: who sends the beginning of a large image and then nothing
-must not keep it from those whose image is there."""
+ARRIVALS_SHARE = 0.25
+"""Of the memory, for images that still arrive: who sends the beginning of a large image and then nothing must not keep it from
+those whose image is there."""
 
 WAIT_SECONDS = 10.0
 """For memory. Decodes take a tenth of a second each: who waited for 10 s stands before a hundred others."""
@@ -140,6 +140,7 @@ class ImageWork:
         threads: decodes at once; more than there are cores only makes each slower.
         arriving: decodes at once of images whose bytes still arrive. They mostly wait, so there may be more of them.
         memory_bytes: bound on what all decodes and kept pixels take.
+        arrivals_share: of it, 0 to 1, the most that images take whose bytes still arrive.
         wait_seconds: longest wait for memory.
         decode_seconds: longest decode.
         limits: what an image may be like.
@@ -151,6 +152,7 @@ class ImageWork:
         threads: int,
         arriving: int = 0,
         memory_bytes: int = MEMORY_BYTES,
+        arrivals_share: float = ARRIVALS_SHARE,
         wait_seconds: float = WAIT_SECONDS,
         decode_seconds: float = DECODE_SECONDS,
         limits: Limits = Limits(),
@@ -164,7 +166,7 @@ class ImageWork:
         self._threads = ThreadPoolExecutor(threads, "decode")
         self._arrivals_left = arriving
         self._arrivals = ThreadPoolExecutor(max(1, arriving), "arrive")
-        self._arrivals_memory = Reserve(memory_bytes // ARRIVALS_SHARE)
+        self._arrivals_memory = Reserve(int(memory_bytes * arrivals_share))
 
     async def reserve(self, count: int) -> Hold:
         """Reserve memory; see `Reserve.take`."""

@@ -7,6 +7,7 @@ python-multipart.
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from python_multipart.exceptions import FormParserError
@@ -14,13 +15,17 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from ergo_server.errors import RequestError
 
-MAX_FIELDS = 64
-"""Fields of a form; a question has a dozen, and up to 26 choices."""
-
-MAX_FIELD_BYTES = 1024 * 1024
-"""Longest text field of a form; a question is at most a few kilobytes."""
-
 Texts = dict[str, list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class FormLimits:
+    """What a form may be like."""
+
+    fields: int = 64
+    """A question has a dozen, and up to 26 choices."""
+    field_bytes: int = 1 << 20
+    """Of one text; a question is at most a few kilobytes."""
 
 
 class Sink(Protocol):
@@ -34,7 +39,7 @@ class Sink(Protocol):
 
 
 async def read_form(
-    chunks: AsyncIterable[bytes], content_type: str, open_file: Callable[[str, Texts], Sink]
+    chunks: AsyncIterable[bytes], content_type: str, open_file: Callable[[str, Texts], Sink], limits: FormLimits
 ) -> tuple[Texts, Sink | None]:
     """Read a form with at most one file.
 
@@ -42,6 +47,7 @@ async def read_form(
         chunks: the body.
         content_type: of the request, with the boundary.
         open_file: called with the file's field name and the text fields that came before it; returns where its bytes go.
+        limits: what the form may be like.
 
     Returns:
         The text fields, each with all its values in order, and what ``open_file`` returned.
@@ -49,7 +55,7 @@ async def read_form(
     Raises:
         RequestError: the form is broken, incomplete, or has too many or too long parts.
     """
-    form = _Form(open_file)
+    form = _Form(open_file, limits)
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
         raise RequestError("the form has no boundary")
@@ -80,11 +86,12 @@ async def read_form(
 class _Form:
     """Takes the parser's calls."""
 
-    def __init__(self, open_file: Callable[[str, Texts], Sink]) -> None:
+    def __init__(self, open_file: Callable[[str, Texts], Sink], limits: FormLimits) -> None:
         self.texts: Texts = {}
         self.file: Sink | None = None
         self.complete = False
         self._open_file = open_file
+        self._limits = limits
         self._fields = 0
         self._name = ""
         self._header = [b"", b""]
@@ -113,8 +120,8 @@ class _Form:
             raise RequestError("a part of the form has no name")
         self._name = _decoded(options[b"name"])
         self._fields += 1
-        if self._fields > MAX_FIELDS:
-            raise RequestError(f"the form has more than {MAX_FIELDS} fields")
+        if self._fields > self._limits.fields:
+            raise RequestError(f"the form has more than {self._limits.fields} fields")
         if b"filename" not in options:
             self._text = bytearray()
             return
@@ -129,8 +136,8 @@ class _Form:
             assert self.file is not None
             self.file.write(piece)
             return
-        if len(self._text) + len(piece) > MAX_FIELD_BYTES:
-            raise RequestError(f"a field of the form is longer than {MAX_FIELD_BYTES:,} bytes", param=self._name)
+        if len(self._text) + len(piece) > self._limits.field_bytes:
+            raise RequestError(f"a field of the form is longer than {self._limits.field_bytes:,} bytes", param=self._name)
         self._text += piece
 
     def end(self) -> None:
