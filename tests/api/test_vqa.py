@@ -105,20 +105,20 @@ def test_the_region_is_in_pixels_of_the_image() -> None:
     assert region["outcome"] == "zoomed"
 
 
-@pytest.mark.parametrize("include", [[], ["crop"], ["reasoning"], ["replies"], ["crop", "reasoning", "replies"]])
+@pytest.mark.parametrize("include", [[], ["crop"], ["reasoning"], ["replies"], ["overview", "crop", "reasoning", "replies"]])
 def test_include(include: list[str]) -> None:
-    """The crop's pixels, the reasoning and the replies are sent when they are asked for, and only then."""
+    """The overview, the crop's pixels, the reasoning and the replies are sent when they are asked for, and only then."""
     body = vqa(client(), include=include).json()
-    assert {"reasoning", "replies"} & set(body) == {"reasoning", "replies"} & set(include)
+    assert {"overview", "reasoning", "replies"} & set(body) == {"overview", "reasoning", "replies"} & set(include)
     assert (body["regions"][0]["crop"]["data"] is not None) == ("crop" in include)
 
 
-def test_the_included_crop_is_what_the_model_saw() -> None:
-    """The crop that is sent back has the very bytes that the engine was shown."""
+def test_the_included_views_are_what_the_model_saw() -> None:
+    """Overview and crop that are sent back have the very bytes that the engine was shown."""
     engine = scripted()
-    crop = vqa(client(engine), include=["crop"]).json()["regions"][0]["crop"]
-    _, shown = engine.calls[1][0].views
-    assert crop == {"width": shown.size.width, "height": shown.size.height, "data": shown.data_url}
+    body = vqa(client(engine), include=["overview", "crop"]).json()
+    for sent, shown in zip((body["overview"], body["regions"][0]["crop"]), engine.calls[1][0].views, strict=True):
+        assert sent == {"width": shown.size.width, "height": shown.size.height, "data": shown.data_url}
 
 
 def test_the_answer_turn_repeats_the_zoom_turn() -> None:
@@ -233,6 +233,14 @@ def test_the_stream_tells_events_in_order() -> None:
         pieces = [data["text"] for its, data in found if its == name]
         assert len(pieces) > 1
         assert "".join(pieces) == whole
+
+
+@pytest.mark.parametrize("zoom", ["auto", "never"])
+def test_the_stream_begins_with_the_overview_where_it_is_wanted(zoom: str) -> None:
+    """With include=overview the first event is the overview of the done object; the region follows."""
+    found = events(vqa(client(), stream=True, include=["overview"], zoom=zoom).text)
+    assert [name for name, _ in found[:2]] == ["overview", "region"]
+    assert found[0][1] == found[-1][1]["overview"]
 
 
 def test_the_stream_is_not_held_back() -> None:

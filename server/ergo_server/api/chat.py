@@ -41,6 +41,7 @@ from ergo_server.pipeline import (
     ContextMessage,
     Done,
     Event,
+    OverviewMade,
     ReasoningDelta,
     RegionFound,
     Result,
@@ -396,7 +397,7 @@ async def _chunked(events: AsyncGenerator[Event, None], reply: _Reply) -> AsyncG
                     reason = "length" if result.truncated else "stop"
                     yield chunks.delta({} if not chunks.first else {"content": ""}, reason, ergo=reply.ergo(result))
                     yield chunks.usage(_usage(result)) + "data: [DONE]\n\n"
-                case RegionFound() | ReasoningDelta() | AnswerDelta():
+                case OverviewMade() | RegionFound() | ReasoningDelta() | AnswerDelta():
                     pass
     finally:
         await events.aclose()

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from ergo_server.imaging.geometry import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS
 from ergo_server.imaging.header import ImageHeader
+from ergo_server.imaging.view import View
 from ergo_server.pipeline import RegionReport, Result, Turn, VisualTokens
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -43,7 +44,7 @@ class VqaFields(Form):
         default="auto", description="`auto` leaves the zoom turn out when the image fits the budget at full resolution"
     )
     stream: bool = Field(default=False, description="answer with server-sent events")
-    include: list[Literal["crop", "reasoning", "replies"]] = Field(default=[], description="what else to send back")
+    include: list[Literal["overview", "crop", "reasoning", "replies"]] = Field(default=[], description="what else to send back")
 
     @property
     def texts(self) -> list[str]:
@@ -99,12 +100,17 @@ class StoredImage(ImageInfo):
         return cls(**info, id=id, bytes=size, expires_at=int(expires_at), expires_in=round(expires_in, 3))
 
 
-class CropInfo(BaseModel):
-    """The crop as the model saw it."""
+class ViewInfo(BaseModel):
+    """A view: what the model saw."""
 
     width: int
     height: int
-    data: str | None = Field(default=None, description="data: URL of the PNG, with include=crop")
+    data: str | None = Field(default=None, description="data: URL of the PNG, with include=overview or include=crop")
+
+    @classmethod
+    def of(cls, view: View, *, data: bool) -> ViewInfo:
+        """Show a view, with its pixels if asked for."""
+        return cls(width=view.size.width, height=view.size.height, data=view.data_url if data else None)
 
 
 class RegionInfo(BaseModel):
@@ -118,12 +124,11 @@ class RegionInfo(BaseModel):
     outcome: Literal["zoomed", "clamped", "no_box", "invalid_box", "skipped"]
     reason: str | None = Field(default=None, description="why the zoom was skipped, or the box was not used")
     lenient: bool = Field(default=False, description="the box was read although its form strayed from the trained one")
-    crop: CropInfo | None
+    crop: ViewInfo | None
 
     @classmethod
     def of(cls, region: RegionReport, header: ImageHeader, *, crop: bool) -> RegionInfo:
         """Show a region, with the crop's pixels if asked for."""
-        view = region.crop
         return cls(
             box=region.box.edges,
             normalized=region.box.normalized(header.size),
@@ -133,7 +138,7 @@ class RegionInfo(BaseModel):
             outcome=region.outcome,
             reason=region.reason,
             lenient=region.lenient,
-            crop=CropInfo(width=view.size.width, height=view.size.height, data=view.data_url if crop else None) if view else None,
+            crop=ViewInfo.of(region.crop, data=crop) if region.crop else None,
         )
 
 
@@ -262,6 +267,7 @@ class VqaResponse(BaseModel):
     finish_reason: Literal["stop", "length"]
     reasoning: str | None = Field(default=None, description="with include=reasoning")
     replies: list[str] | None = Field(default=None, description="what the model wrote, turn by turn, with include=replies")
+    overview: ViewInfo | None = Field(default=None, description="the whole image as the model saw it, with include=overview")
     image: ImageInfo
     regions: list[RegionInfo]
     visual_tokens: VisualTokensInfo
@@ -279,6 +285,7 @@ class VqaResponse(BaseModel):
             choice=result.choice,
             finish_reason="length" if result.truncated else "stop",
             reasoning=result.answer.reasoning if "reasoning" in include else None,
+            overview=ViewInfo.of(result.overview, data=True) if "overview" in include else None,
             replies=[turn.generation.text for turn in result.turns] if "replies" in include else None,
             image=ImageInfo.of(result.header),
             regions=[RegionInfo.of(result.region, result.header, crop="crop" in include)],
@@ -295,7 +302,7 @@ class Estimate(BaseModel):
     model: str
     image: ImageInfo
     zoom: bool = Field(description="whether there would be a zoom turn")
-    overview: CropInfo
+    overview: ViewInfo
     visual_tokens: dict[str, int | float] = Field(
         description="overview; crop_max: the most a crop can cost; total_max; baseline; saved_ratio_min"
     )
@@ -319,4 +326,4 @@ class ErrorEnvelope(BaseModel):
 def dump(model: BaseModel) -> dict[str, Any]:
     """Return the JSON form, without what was not asked for."""
     data = model.model_dump(mode="json")
-    return {key: value for key, value in data.items() if not (key in ("reasoning", "replies") and value is None)}
+    return {key: value for key, value in data.items() if not (key in ("overview", "reasoning", "replies") and value is None)}

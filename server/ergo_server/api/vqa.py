@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from ergo_server.api.bodies import ERRORS, bodies, read_question
 from ergo_server.api.schemas import (
-    CropInfo,
     Estimate,
     EstimateFields,
     ImageInfo,
     RegionInfo,
+    ViewInfo,
     VqaFields,
     VqaResponse,
     dump,
@@ -21,7 +23,7 @@ from ergo_server.api.schemas import (
 from ergo_server.api.service import Service
 from ergo_server.api.stream import event_stream, sse, sse_error, unless_gone
 from ergo_server.imaging.geometry import baseline_visual_tokens, visual_tokens
-from ergo_server.pipeline import AnswerDelta, Done, Event, ReasoningDelta, RegionFound, Task
+from ergo_server.pipeline import AnswerDelta, Done, Event, OverviewMade, ReasoningDelta, RegionFound, Task
 from ergo_server.protocol.base import Question
 
 
@@ -36,7 +38,8 @@ def router(service: Service) -> APIRouter:
         """Answer a question about a large image: look at the whole within the budget, zoom into the region that matters, answer.
 
         Send JSON, a multipart form, or the image itself with the other fields in the query. With `stream`, the events are
-        `region` (as soon as the box is known), `reasoning.delta`, `answer.delta`, `done` (the whole response) and `error`.
+        `overview` (if included), `region` (as soon as the box is known), `reasoning.delta`, `answer.delta`, `done` (the whole
+        response) and `error`.
         """
         with service.accepting():
             image, fields = await read_question(request, service, VqaFields)
@@ -60,7 +63,7 @@ def router(service: Service) -> APIRouter:
             return _show(event, fields, received)
 
         if fields.stream:
-            return await event_stream(request, pipeline.stream(task), show, sse_error)
+            return await event_stream(request, _wanted(pipeline.stream(task), fields), show, sse_error)
         result = await unless_gone(request, pipeline.answer(task))
         return JSONResponse(dump(VqaResponse.of(result, model=fields.model, include=list(fields.include), received=received)))
 
@@ -86,7 +89,7 @@ def router(service: Service) -> APIRouter:
             model=fields.model,
             image=ImageInfo.of(header),
             zoom=zoom,
-            overview=CropInfo(width=overview.width, height=overview.height),
+            overview=ViewInfo(width=overview.width, height=overview.height),
             visual_tokens={
                 "overview": cost,
                 "crop_max": crop,
@@ -100,8 +103,18 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
+async def _wanted(events: AsyncGenerator[Event, None], fields: VqaFields) -> AsyncGenerator[Event, None]:
+    """Leave the overview out where nobody asked for it; the stream, and with it the status, then begins with the region."""
+    async with contextlib.aclosing(events):
+        async for event in events:
+            if "overview" in fields.include or not isinstance(event, OverviewMade):
+                yield event
+
+
 def _show(event: Event, fields: VqaFields, received: float) -> str:
     match event:
+        case OverviewMade(view=view):
+            return sse(ViewInfo.of(view, data=True).model_dump(mode="json"), "overview")
         case RegionFound(region=region, header=header):
             info = RegionInfo.of(region, header, crop="crop" in fields.include)
             return sse(info.model_dump(mode="json"), "region")
