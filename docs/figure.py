@@ -35,7 +35,7 @@ def main() -> None:
         answer = client.ask(IMAGES / "scene.jpg", question, include=["crop"])
     crop = Image.open(io.BytesIO(base64.b64decode(answer.raw["regions"][0]["crop"]["data"].partition(",")[2])))
     overview = image.resize(PixelBudget(BUDGET).view_size(Size(*image.size)), Image.Resampling.BICUBIC)
-    ImageDraw.Draw(image).rectangle(answer.box, outline="white", width=12)
+    ImageDraw.Draw(image).rectangle(answer.region.box, outline="white", width=12)
     panels = [
         _panel(image, f"the image: {image.width} x {image.height}, {answer.visual_tokens.baseline:,} visual tokens"),
         _panel(overview, f"the overview, enlarged here: {answer.visual_tokens.overview} visual tokens"),

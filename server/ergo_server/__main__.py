@@ -9,6 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from ergo_client.cli import add_commands
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 """As argparse exits on a wrong command line."""
@@ -16,7 +18,8 @@ EXIT_USAGE = 2
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="ergo-vqa", description="Ask questions about large images: the server and its tools.")
+    about = "Ask questions about large images: a server, and the commands that ask it."
+    parser = argparse.ArgumentParser(prog="ergo-vqa", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
 
     serve = commands.add_parser(
@@ -35,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     scene.add_argument("--size", type=_size, metavar="WxH", help="pixels; drawn from a list when not given")
     scene.add_argument("out", type=Path, help="where to write it; the ending decides the format (.png, .jpg, .webp)")
     scene.set_defaults(run=_scene)
+
+    add_commands(commands)
 
     prompts = commands.add_parser("prompts", help="prompts of a checkpoint").add_subparsers(dest="action", required=True)
     importing = prompts.add_parser(

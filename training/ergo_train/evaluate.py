@@ -38,7 +38,7 @@ def evaluate(url: str, model: str, count: int, *, first: int = 0, jobs: int = 2)
     """Ask ``count`` held-out scenes, as JPEG uploads.
 
     Raises:
-        RequestFailed: the server answered one of them with an error; nothing is left out of the count.
+        ClientError: the server answered one of them with an error; nothing is left out of the count.
     """
     with Client(url) as client, ThreadPoolExecutor(jobs) as pool:
 
@@ -61,14 +61,14 @@ def score(model: str, asked: Iterable[tuple[Scene, Answer]]) -> Score:
         scenes=count,
         exact=sum(answer.text == made.answer for made, answer in rows) / count,
         well_formed=sum(_well_formed(answer) for _, answer in rows) / count,
-        covered=sum(_covers(answer.box, made.box) and answer.outcome != "skipped" for made, answer in rows) / count,
+        covered=sum(_covers(answer.region.box, made.box) and answer.region.outcome != "skipped" for made, answer in rows) / count,
         visual_tokens=tokens / count,
         of_baseline=tokens / sum(answer.visual_tokens.baseline for _, answer in rows),
     )
 
 
 def _well_formed(answer: Answer) -> bool:
-    return answer.outcome in ("zoomed", "clamped") and not answer.raw["regions"][0]["lenient"]
+    return answer.region.zoomed and not answer.region.lenient
 
 
 def _covers(outer: Sequence[int], inner: Sequence[int]) -> bool:
