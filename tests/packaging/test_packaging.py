@@ -13,6 +13,7 @@ import pytest
 from support import CHECKPOINT, ROOT
 
 import ergo_client
+from ergo_server.api.playground import FOLDER
 from ergo_server.settings import Settings
 
 
@@ -44,7 +45,7 @@ def test_the_wheel_holds_every_package_and_its_data(wheel: zipfile.ZipFile) -> N
         "ergo_server/__main__.py",
         "ergo_server/protocol/prompts/ergo.toml",
         "ergo_server/api/playground/index.html",
-        "ergo_server/api/playground/static/page.js",
+        *(f"ergo_server/api/playground/static/{path.name}" for path in (FOLDER / "static").iterdir()),
         "ergo_server/py.typed",
         "ergo_client/py.typed",
         "ergo_train/scenes.py",
