@@ -27,7 +27,7 @@ from ergo_server.telemetry.metrics import Metrics, Rejection
 ADMITTED = QUESTIONS | {"/v1/vqa/estimate", "/v1/images"}
 """Where a POST brings a body that makes work."""
 
-OPEN = PROBES | {"/", "/version", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}
+OPEN = PROBES | {"/", "/version", "/docs", "/openapi.json"}
 """Answered without a key, as is `OPEN_FOLDER`. Whatever is not named here needs one, so that no route is open by oversight."""
 
 OPEN_FOLDER = "/static/"

@@ -11,18 +11,20 @@ from contextlib import asynccontextmanager
 from dataclasses import fields
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.responses import JSONResponse, Response
 
 from ergo_server import __version__
-from ergo_server.api import chat, errors, images, playground, vqa
+from ergo_server.api import chat, docs, errors, images, playground, vqa
 from ergo_server.api.admission import Admission, Gate
 from ergo_server.api.connection import ConnectionLimits
 from ergo_server.api.keys import Keys, Limits, salt
 from ergo_server.api.limits import TenantLimits
 from ergo_server.api.listen import Ending
 from ergo_server.api.middleware import Observe
+from ergo_server.api.openapi import KEYED, answer, operation
 from ergo_server.api.receive import BodyLimits, LimitBody
+from ergo_server.api.schemas import Health, Readiness, ServerVersion
 from ergo_server.api.service import Service
 from ergo_server.engine.base import Engine
 from ergo_server.engine.breaker import Breaker
@@ -127,13 +129,14 @@ def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetche
         salted=lambda tenant: salt(secret, tenant),
         charge=limits.charge,
     )
-    app = FastAPI(title="ergo-vqa", version=__version__, description=_ABOUT, lifespan=_lifespan(service))
-    app.include_router(vqa.router(service))
-    app.include_router(images.router(service))
-    app.include_router(chat.router(service))
-    _add_probes(app, engine, metrics, lambda: gate.draining)
+    app = FastAPI(lifespan=_lifespan(service), openapi_url=None)
+    probes = _probes(engine, metrics, lambda: gate.draining)
+    routers = (vqa.router(service), images.router(service), chat.router(service), probes)
+    for router in routers:
+        app.include_router(router)
+    docs.install(app, routers)
     playground.install(app)
-    errors.install(app)
+    errors.install(app, routers)
     app.add_middleware(Admission, keys=keys, limits=limits, gate=gate, metrics=metrics, open_metrics=settings.open_metrics)
     app.add_middleware(LimitBody, refused=metrics.refuse, limits=_body_limits(settings))
     app.add_middleware(Observe, metrics=metrics)
@@ -141,8 +144,6 @@ def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetche
     app.state.ending = Ending(settings.drain_grace_seconds, settings.drain_seconds, gate.drain)
     return app
 
-
-_ABOUT = "Answers questions about high-resolution images by zooming in once. Every error has the form of `ErrorEnvelope`."
 
 _ROUTES = (
     "/v1/vqa",
@@ -252,34 +253,42 @@ def _lifespan(service: Service) -> Any:
     return lifespan
 
 
-def _add_probes(app: FastAPI, engine: Engine, metrics: Metrics, draining: Callable[[], bool]) -> None:
-    @app.get("/healthz", tags=["operation"], summary="Is the process alive?")
-    @app.get("/health", include_in_schema=False)
-    async def health() -> dict[str, str]:
-        """The process answers; says nothing of the engine."""
-        return {"status": "ok"}
-
-    @app.get(
-        "/readyz",
-        tags=["operation"],
-        summary="Can it answer now?",
-        responses={503: {"description": "the engine is not ready, or the server is stopping"}},
+def _probes(engine: Engine, metrics: Metrics, draining: Callable[[], bool]) -> APIRouter:
+    """Return the routes for machines."""
+    routes = APIRouter(tags=["operation"])
+    statuses = (
+        answer("it can", Readiness),
+        answer("it cannot: the engine is not ready, or the server is stopping", Readiness, status=503),
     )
+
+    @routes.get("/healthz", **operation("get_health", "Is the process alive?", answer("it is", Health)))
+    @routes.get("/health", include_in_schema=False)
+    async def health() -> Health:
+        """The process answers; says nothing of the engine."""
+        return Health()
+
+    @routes.get("/readyz", **operation("get_readiness", "Can it answer now?", *statuses))
     async def ready() -> Response:
         """The engine can be asked now, and the server is not about to stop."""
         if draining():
-            body = {"status": "draining", "engine": engine.name, "detail": "the server is stopping"}
-            return JSONResponse(body, status_code=503)
+            stopping = Readiness(status="draining", engine=engine.name, detail="the server is stopping")
+            return JSONResponse(stopping.model_dump(), status_code=503)
         status = await engine.status()
-        body = {"status": "ready" if status.ready else "waiting", "engine": engine.name, "detail": status.detail}
-        return JSONResponse(body, status_code=200 if status.ready else 503)
+        shown = Readiness(status="ready" if status.ready else "waiting", engine=engine.name, detail=status.detail)
+        return JSONResponse(shown.model_dump(), status_code=200 if status.ready else 503)
 
-    @app.get("/version", tags=["operation"], summary="Version")
-    async def version() -> dict[str, str]:
+    @routes.get("/version", **operation("get_version", "Version", answer("of the server", ServerVersion)))
+    async def version() -> ServerVersion:
         """The server's version."""
-        return {"version": __version__}
+        return ServerVersion(version=__version__)
 
-    @app.get("/metrics", tags=["operation"], summary="Prometheus metrics", response_class=Response)
+    @routes.get(
+        "/metrics",
+        response_class=Response,
+        **operation("get_metrics", "Prometheus metrics", answer("all series", "text/plain"), errors=KEYED),
+    )
     async def exposition() -> Response:
-        """Metrics in Prometheus' text format."""
+        """Metrics in Prometheus' text format. A key is asked for where the operator has set some, unless metrics are open."""
         return Response(metrics.expose(), media_type=metrics.content_type)
+
+    return routes

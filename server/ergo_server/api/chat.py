@@ -20,16 +20,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
-from ergo_server.api.bodies import ERRORS
+from ergo_server.api.chat_schemas import ChatChunk, ChatCompletion, ChatRequest, ModelInfo, ModelList
 from ergo_server.api.errors import envelope, from_validation
-from ergo_server.api.schemas import ErrorEnvelope, RegionInfo, Timings, TurnUsage, UsageInfo, VisualTokensInfo
+from ergo_server.api.openapi import ASKING, KEYED, RATE_LIMITS, answer, chunks, json_body, operation, path
+from ergo_server.api.schemas import TINY_PNG, ErrorEnvelope, RegionInfo, Timings, TurnUsage, UsageInfo, VisualTokensInfo
 from ergo_server.api.service import MODELS, Service
 from ergo_server.api.stream import event_stream, sse, unless_gone
 from ergo_server.engine.base import Delta, Generation, Sampling, Usage
-from ergo_server.errors import ErgoError, RequestError, UnknownModel
+from ergo_server.errors import ErgoError, NotFound, RequestError, UnknownModel
 from ergo_server.imaging.geometry import PixelBudget, smart_resize
 from ergo_server.imaging.original import Original
 from ergo_server.imaging.view import View
@@ -46,84 +47,10 @@ from ergo_server.pipeline import (
     RegionFound,
     Result,
     Task,
-    ZoomMode,
 )
 from ergo_server.protocol.base import Question
 from ergo_server.protocol.choices import split_choices
 from ergo_server.protocol.conversation import Conversation, Role
-
-
-class StreamOptions(BaseModel):
-    """How to stream."""
-
-    include_usage: bool = False
-
-
-class ErgoOptions(BaseModel):
-    """What the server's own form offers beyond OpenAI's, under ``ergo``."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    max_visual_tokens: int | None = None
-    zoom: ZoomMode = "auto"
-    include: list[str] = Field(default=[], description="`crop` adds the crop's pixels")
-
-
-class ChatRequest(BaseModel):
-    """A chat completion request. Fields that are not here are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    model: str = "ergo"
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=512, description="OpenAI's messages; the last is the user's")
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(default=None, ge=1, description="bounds the visible answer; clamped to the server's own bound")
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
-    n: int | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    logprobs: bool | None = None
-    logit_bias: dict[str, Any] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    response_format: dict[str, Any] | None = None
-    ergo: ErgoOptions = ErgoOptions()
-
-    @property
-    def limit(self) -> int | None:
-        """Most tokens of the visible answer."""
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Strings at which the answer ends; special tokens among them end it anyway."""
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(stop for stop in given if stop and not stop.startswith("<|"))
-
-    def refuse(self) -> None:
-        """Refuse what would be silently wrong.
-
-        Raises:
-            RequestError: naming the field.
-        """
-        wrong = {
-            "n": self.n not in (None, 1),
-            "tools": bool(self.tools),
-            "functions": bool(self.functions),
-            "logprobs": bool(self.logprobs),
-            "logit_bias": bool(self.logit_bias),
-            "presence_penalty": bool(self.presence_penalty),
-            "frequency_penalty": bool(self.frequency_penalty),
-            "response_format": (self.response_format or {}).get("type", "text") != "text",
-        }
-        for name, asked in wrong.items():
-            if asked:
-                raise RequestError(f"{name} is not supported by this server", param=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +68,31 @@ class _Said:
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
+_MESSAGE = {
+    "role": "user",
+    "content": [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{TINY_PNG}"}},
+        {"type": "text", "text": "What is the code on the red circle?"},
+    ],
+}
+
+_CHUNKS = chunks(ChatChunk, ErrorEnvelope)
+
+
 def router(service: Service) -> APIRouter:
     """Return the OpenAI-compatible routes."""
     routes = APIRouter(tags=["OpenAI"])
-    body = {"required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
-    extra = {"requestBody": body}
 
-    @routes.post("/v1/chat/completions", responses=ERRORS, openapi_extra=extra, summary="OpenAI chat completions")
+    @routes.post(
+        "/v1/chat/completions",
+        **operation(
+            "create_chat_completion",
+            "OpenAI chat completions",
+            answer("the completion, whole or as it comes", ChatCompletion, events=_CHUNKS, headers=RATE_LIMITS),
+            errors=ASKING,
+            body=json_body(ChatRequest, image=("a question about an image", {"model": "ergo", "messages": [_MESSAGE]})),
+        ),
+    )
     async def completions(request: Request) -> Response:
         """Answer as OpenAI's chat completions do. `ergo` zooms, `ergo-single` does not, `ergo-raw` is the engine as it is."""
         with service.accepting():
@@ -166,23 +111,28 @@ def router(service: Service) -> APIRouter:
         result = await unless_gone(request, service.pipeline(chat.model).answer(task))
         return JSONResponse(reply.completion(result))
 
-    @routes.get("/v1/models", summary="OpenAI model list")
-    async def models() -> dict[str, Any]:
+    @routes.get("/v1/models", **operation("list_models", "OpenAI model list", answer("all of them", ModelList), errors=KEYED))
+    async def models() -> ModelList:
         """List the model names."""
-        return {"object": "list", "data": [_model(name, service) for name in MODELS]}
+        return ModelList(data=[ModelInfo(id=name, created=service.created) for name in MODELS])
 
-    @routes.get("/v1/models/{model_id}", responses={404: {"model": ErrorEnvelope}}, summary="One model")
-    async def model(model_id: str) -> dict[str, Any]:
+    @routes.get(
+        "/v1/models/{model_id}",
+        **operation(
+            "get_model",
+            "One model",
+            answer("it is there", ModelInfo),
+            errors=(*KEYED, NotFound, UnknownModel),
+            parameters=path("model_id", "its name", "ergo"),
+        ),
+    )
+    async def model(model_id: str) -> ModelInfo:
         """Describe one model name."""
         if model_id not in MODELS:
             raise UnknownModel(f"there is no model {model_id[:64]!r} here", param="model")
-        return _model(model_id, service)
+        return ModelInfo(id=model_id, created=service.created)
 
     return routes
-
-
-def _model(name: str, service: Service) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": service.created, "owned_by": "ergo-vqa"}
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------
@@ -264,6 +214,9 @@ def _task(service: Service, request: Request, chat: ChatRequest, said: Sequence[
     ]
     if not images:
         raise RequestError("messages: an image must be in a message of the user", param="messages")
+    for number, message in enumerate(before):
+        if message.role == "system" and any(isinstance(part, Original) for part in message.parts):
+            raise RequestError(f"messages.{number}: an image cannot be part of instructions", param=f"messages.{number}")
     newest, index, image = images[-1]
     context = []
     for number, message in enumerate(before):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
@@ -50,8 +52,11 @@ def unforeseen(error: Exception, scope: Scope) -> ErgoError:
     return ErgoError("the server made a mistake; the request id names it in its log")
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:
     """Answer every error of ``app`` with the envelope, those of the framework included; `Observe` sees to the unforeseen ones."""
+    methods: dict[str, set[str]] = {}
+    for route in (route for router in routers for route in router.routes if isinstance(route, APIRoute)):
+        methods.setdefault(route.path, set()).update(route.methods or ())
 
     @app.exception_handler(ErgoError)
     async def ours(request: Request, error: ErgoError) -> JSONResponse:
@@ -68,6 +73,9 @@ def install(app: FastAPI) -> None:
         if error.status_code == 405:
             response = respond(MethodNotAllowed(f"{request.url.path} does not answer {request.method}"), request)
             response.headers.update(error.headers or {})
+            path = getattr(request.scope.get("route"), "path", "")
+            if path in methods:  # the framework knows those of one route only, and a path may have several
+                response.headers["allow"] = ", ".join(sorted(methods[path]))
             return response
         translated = RequestError(str(error.detail))
         response = respond(translated, request)

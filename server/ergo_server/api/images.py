@@ -8,25 +8,37 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from ergo_server.api.bodies import ERRORS, bodies, read_question
-from ergo_server.api.schemas import ErrorEnvelope, StoredImage, UploadFields
+from ergo_server.api.bodies import read_question
+from ergo_server.api.openapi import KEYED, RATE_LIMITS, UPLOADING, answer, image_body, operation, path, query
+from ergo_server.api.schemas import IMAGE_ID, TINY_PNG, DeletedImage, StoredImage, UploadFields, UploadRequest
 from ergo_server.api.service import Service
 from ergo_server.api.stream import unless_gone
+from ergo_server.errors import NotFound, UnknownImage
 from ergo_server.intake.store import Stored
+
+_NEXT = {
+    "look": {"operationId": "get_image", "parameters": {"image_id": "$response.body#/id"}, "description": "what is known of it"},
+    "forget": {"operationId": "delete_image", "parameters": {"image_id": "$response.body#/id"}, "description": "forget it"},
+}
+"""What can be done with an upload, beside asking about it."""
 
 
 def router(service: Service) -> APIRouter:
     """Return the three routes."""
     routes = APIRouter(tags=["images"])
-    unknown: dict[int | str, dict[str, Any]] = {404: {"model": ErrorEnvelope, "description": "no such image, or no longer"}}
+    named, errors = path("image_id", "what the upload answered", IMAGE_ID), (*KEYED, NotFound, UnknownImage)
 
     @routes.post(
         "/v1/images",
         status_code=201,
-        response_model=StoredImage,
-        responses=ERRORS,
-        openapi_extra=bodies(UploadFields),
-        summary="Upload an image",
+        **operation(
+            "upload_image",
+            "Upload an image",
+            answer("it is kept", StoredImage, status=201, headers=RATE_LIMITS, links=_NEXT),
+            errors=UPLOADING,
+            body=image_body(UploadRequest, UploadFields, inline=("a data: URL", {"image": f"data:image/png;base64,{TINY_PNG}"})),
+            parameters=query(UploadFields),
+        ),
     )
     async def upload(request: Request) -> Response:
         """Keep an image for a while. Questions name it by its id: `"image": "img_…"`; they skip its upload and its overview.
@@ -39,16 +51,24 @@ def router(service: Service) -> APIRouter:
         stored = service.store.put(service.tenant(request).name, image)
         return JSONResponse(await _shown(stored), status_code=201)
 
-    @routes.get("/v1/images/{image_id}", response_model=StoredImage, responses=unknown, summary="An uploaded image")
+    @routes.get(
+        "/v1/images/{image_id}",
+        **operation("get_image", "An uploaded image", answer("it is still kept", StoredImage), errors=errors, parameters=named),
+    )
     async def show(request: Request, image_id: str) -> Response:
         """Say what is known of an uploaded image; not its bytes."""
         return JSONResponse(await _shown(service.store.get(service.tenant(request).name, image_id)))
 
-    @routes.delete("/v1/images/{image_id}", responses=unknown, summary="Forget an uploaded image")
-    async def delete(request: Request, image_id: str) -> dict[str, Any]:
+    @routes.delete(
+        "/v1/images/{image_id}",
+        **operation(
+            "delete_image", "Forget an uploaded image", answer("it is forgotten", DeletedImage), errors=errors, parameters=named
+        ),
+    )
+    async def delete(request: Request, image_id: str) -> DeletedImage:
         """Forget an uploaded image before its time."""
         service.store.delete(service.tenant(request).name, image_id)
-        return {"id": image_id, "object": "image", "deleted": True}
+        return DeletedImage(id=image_id)
 
     return routes
 

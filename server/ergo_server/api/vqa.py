@@ -9,14 +9,22 @@ from collections.abc import AsyncGenerator
 from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
-from ergo_server.api.bodies import ERRORS, bodies, read_question
+from ergo_server.api.bodies import read_question
+from ergo_server.api.openapi import ASKING, ESTIMATING, RATE_LIMITS, answer, image_body, named_events, operation, query
 from ergo_server.api.schemas import (
+    IMAGE_ID,
+    TINY_PNG,
+    ErrorEnvelope,
     Estimate,
     EstimateFields,
+    EstimateRequest,
     ImageInfo,
     RegionInfo,
+    TextDelta,
     ViewInfo,
+    VisualTokensEstimate,
     VqaFields,
+    VqaRequest,
     VqaResponse,
     dump,
 )
@@ -26,13 +34,41 @@ from ergo_server.imaging.geometry import baseline_visual_tokens, visual_tokens
 from ergo_server.pipeline import AnswerDelta, Done, Event, OverviewMade, ReasoningDelta, RegionFound, Task
 from ergo_server.protocol.base import Question
 
+_QUESTION = "What is the code on the red circle?"
+
+_EVENTS = named_events(
+    overview=ViewInfo,
+    region=RegionInfo,
+    reasoning_delta=TextDelta,
+    answer_delta=TextDelta,
+    done=VqaResponse,
+    error=ErrorEnvelope,
+)
+
 
 def router(service: Service) -> APIRouter:
     """Return the two routes."""
     routes = APIRouter(tags=["questions"])
 
     @routes.post(
-        "/v1/vqa", response_model=VqaResponse, responses=ERRORS, openapi_extra=bodies(VqaFields), summary="Ask about an image"
+        "/v1/vqa",
+        **operation(
+            "ask",
+            "Ask about an image",
+            answer("the answer, whole or as it comes", VqaResponse, events=_EVENTS, headers=RATE_LIMITS),
+            errors=ASKING,
+            body=image_body(
+                VqaRequest,
+                VqaFields,
+                inline=("a data: URL", {"image": f"data:image/png;base64,{TINY_PNG}", "question": _QUESTION}),
+                uploaded=("an upload, with choices", {"image": IMAGE_ID, "question": _QUESTION, "choices": ["434", "443"]}),
+                streamed=(
+                    "an address, with events",
+                    {"image": "https://images.example/scene.jpg", "question": _QUESTION, "stream": True, "include": ["crop"]},
+                ),
+            ),
+            parameters=query(VqaFields),
+        ),
     )
     async def vqa(request: Request) -> Response:
         """Answer a question about a large image: look at the whole within the budget, zoom into the region that matters, answer.
@@ -69,10 +105,16 @@ def router(service: Service) -> APIRouter:
 
     @routes.post(
         "/v1/vqa/estimate",
-        response_model=Estimate,
-        responses=ERRORS,
-        openapi_extra=bodies(EstimateFields),
-        summary="What a question would cost",
+        **operation(
+            "estimate",
+            "What a question would cost",
+            answer("visual tokens, at most", Estimate, headers=RATE_LIMITS),
+            errors=ESTIMATING,
+            body=image_body(
+                EstimateRequest, EstimateFields, inline=("a data: URL", {"image": f"data:image/png;base64,{TINY_PNG}"})
+            ),
+            parameters=query(EstimateFields),
+        ),
     )
     async def estimate(request: Request) -> Response:
         """Count visual tokens from the image's header: nothing is decoded or fetched, and the engine is not asked."""
@@ -83,20 +125,13 @@ def router(service: Service) -> APIRouter:
         overview = budget.view_size(header.size)
         wanted = "never" if fields.model == "ergo-single" else fields.zoom
         zoom = wanted == "always" or (wanted == "auto" and not budget.holds(header.size))
-        cost, baseline = visual_tokens(overview), baseline_visual_tokens(header.size)
         crop = budget.max_visual_tokens if zoom else 0
         shown = Estimate(
             model=fields.model,
             image=ImageInfo.of(header),
             zoom=zoom,
             overview=ViewInfo(width=overview.width, height=overview.height),
-            visual_tokens={
-                "overview": cost,
-                "crop_max": crop,
-                "total_max": cost + crop,
-                "baseline": baseline,
-                "saved_ratio_min": 1 - (cost + crop) / baseline,
-            },
+            visual_tokens=VisualTokensEstimate.of(visual_tokens(overview), crop, baseline_visual_tokens(header.size)),
         )
         return JSONResponse(shown.model_dump(mode="json"))
 
