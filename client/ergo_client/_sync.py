@@ -161,9 +161,9 @@ class Client:
 
         A question that fails yields its `ClientError` in its place; so does one whose image cannot be read or is none, as
         `InvalidImage` with the reason as its cause. Questions are taken while a result is waited for, at most ``2 × concurrency``
-        more than were yielded. If taking one raises, what was taken is answered first. Close the generator, or leave it, to end what is
-        under way. Answers do not keep bytes and pixels for `Answer.draw`, and nothing that a question names may change before its
-        answer is there.
+        more than were yielded. If taking one raises, what was taken is answered first. Close the generator, or leave it, to end
+        what is under way. Answers do not keep bytes and pixels for `Answer.draw`, and nothing that a question names may change
+        before its answer is there.
 
         Args:
             questions: taken in this thread.

@@ -239,7 +239,9 @@ def test_closing_early_ends_what_is_under_way(kind: Any) -> None:
         results.close()
         with server.lock:
             assert server.lock.wait_for(lambda: server.in_flight == 0, 30)
-        assert server.left == len(server.requests) - 2 in (3, 4)
+        # A fourth may have taken the place of "0", and may have been cut off before it had arrived as a whole.
+        assert server.left in (3, 4)
+        assert len(server.requests) - 2 in (3, 4)
         assert client.ask(b"x", "alone").text == "alone"
 
 
