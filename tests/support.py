@@ -196,7 +196,8 @@ def start_vllm(port: int, log: Path, *more: str) -> subprocess.Popen[bytes]:
     ]
     command += ["--dtype", "float32", "--max-model-len", "4096", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "8"]
     command += ["--kv-cache-memory-bytes", "64M", "--limit-mm-per-prompt", '{"image":8,"video":0}']
-    command += ["--mm-processor-cache-gb", "0.25", "--enable-prompt-tokens-details", "--uvicorn-log-level", "warning"]
+    command += ["--mm-processor-cache-gb", "0.25", "--enable-prompt-tokens-details", "--enable-per-request-metrics"]
+    command += ["--uvicorn-log-level", "warning"]
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
     with log.open("ab") as out:
         process = subprocess.Popen([*command, *more], env=os.environ | quiet, stdout=out, stderr=out, start_new_session=True)

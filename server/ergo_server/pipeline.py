@@ -21,7 +21,7 @@ from ergo_server.engine.base import Delta, Engine, Generation, Sampling
 from ergo_server.errors import EngineTimeout, ErgoError
 from ergo_server.imaging.geometry import Box, PixelBudget, Size, baseline_visual_tokens
 from ergo_server.imaging.header import ImageHeader
-from ergo_server.imaging.original import Original
+from ergo_server.imaging.original import ImageSource, Original
 from ergo_server.imaging.view import View
 from ergo_server.protocol.base import Action, Answer, Ask, Malformed, MalformedReason, Policy, Question, Resize, Seen, Zoom, cut
 from ergo_server.protocol.choices import choose
@@ -31,10 +31,10 @@ from ergo_server.protocol.replies import AnswerReader, Piece
 ZoomMode = Literal["auto", "always", "never"]
 ZoomOutcome = Literal["zoomed", "clamped", "no_box", "invalid_box", "skipped"]
 TurnName = Literal["zoom", "answer", "single"]
-Stage = Literal["decode", "overview", "zoom_turn", "crop", "answer_turn"]
+Stage = Literal["receive", "decode", "overview", "zoom_turn", "crop", "answer_turn"]
 
 ZOOM_OUTCOMES: tuple[ZoomOutcome, ...] = ("zoomed", "clamped", "no_box", "invalid_box", "skipped")
-STAGES: tuple[Stage, ...] = ("decode", "overview", "zoom_turn", "crop", "answer_turn")
+STAGES: tuple[Stage, ...] = ("receive", "decode", "overview", "zoom_turn", "crop", "answer_turn")
 
 TURN_TOKENS = 1024
 """Most tokens of one reply, thinking included: what ERGO's evaluation gives each turn. A client's max_tokens bounds the
@@ -68,6 +68,8 @@ class Task:
     """Who asks; told to the listeners."""
     salt: str = ""
     """What keeps this tenant's part of the engine's prefix cache apart."""
+    receive_seconds: float = 0.0
+    """How long reading the request took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,17 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineCall:
+    """One turn as it went on the engine, well or not."""
+
+    turn: TurnName
+    error: str | None
+    """The error's code, ``cancelled``, or None."""
+    seconds: float
+    generation: Generation | None
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """What listeners are told of a request that has ended, well or not."""
 
@@ -154,6 +167,12 @@ class Record:
     error: str | None
     """The error's code, ``cancelled``, or None."""
     tenant: str = ""
+    source: ImageSource = "body"
+    image_bytes: int = 0
+    first_token_seconds: float | None = None
+    """Until the first visible piece of the answer; None where it came to none."""
+    calls: tuple[EngineCall, ...] = ()
+    """What the engine was asked, in its order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,19 +303,24 @@ class Pipeline:
         except TimeoutError:
             error = EngineTimeout.code
             raise EngineTimeout(f"no answer within {self.deadlines.request:g} s") from None
-        except ErgoError as failure:
-            error = failure.code
-            raise
-        except asyncio.CancelledError:
-            error = "cancelled"
-            raise
-        except Exception:
-            error = ErgoError.code
+        except BaseException as failure:
+            error = _code(failure)
             raise
         finally:
             await run.close()
             seconds = time.perf_counter() - started
-            record = Record(run.policy.name, seconds, dict(run.timings), result, error, task.tenant)
+            record = Record(
+                run.policy.name,
+                seconds,
+                dict(run.timings),
+                result,
+                error,
+                task.tenant,
+                task.image.source,
+                task.image.file.size,
+                run.first_token_seconds,
+                tuple(run.calls),
+            )
             for listener in self.listeners:
                 listener(record)
 
@@ -307,10 +331,13 @@ class _Run:
     def __init__(self, pipeline: Pipeline, task: Task, emit: Callable[[Event], None]) -> None:
         self.pipeline = pipeline
         self.task = task
-        self.emit = emit
+        self._emit = emit
+        self._started = time.perf_counter()
+        self.first_token_seconds: float | None = None
+        self.calls: list[EngineCall] = []
         self.deadline = asyncio.get_running_loop().time() + pipeline.deadlines.request
         self.policy = pipeline.policy
-        self.timings: dict[str, float] = {}
+        self.timings: dict[str, float] = {"receive": task.receive_seconds}
         self.turns: list[Turn] = []
         self.session = ""
         self._context: tuple[Message, ...] = ()
@@ -321,8 +348,13 @@ class _Run:
         self._cut_short = False
         self._answer_tokens = 0
 
+    def emit(self, event: Event) -> None:
+        """Tell what has happened."""
+        if self.first_token_seconds is None and isinstance(event, AnswerDelta) and event.text:
+            self.first_token_seconds = time.perf_counter() - self._started
+        self._emit(event)
+
     async def answer(self) -> Result:
-        started = time.perf_counter()
         task = self.task
         header = await task.image.header()
         skipped = self._skipped(header.size)
@@ -357,7 +389,7 @@ class _Run:
             self._time("decode", seconds)
         # A policy whose turns are used up without an answer has answered nothing.
         answer = action if isinstance(action, Answer) else Answer("", tagged=False)
-        return self._result(header, overview, region, answer, time.perf_counter() - started)
+        return self._result(header, overview, region, answer, time.perf_counter() - self._started)
 
     async def close(self) -> None:
         """Let go of the pixels, and end the decode that nobody waits for any more."""
@@ -426,7 +458,7 @@ class _Run:
             ask.conversation, sampling, session=self.session, salt=self.task.salt, deadline=deadline
         )
         started = time.perf_counter()
-        generation = None
+        generation, error = None, None
         try:
             async with contextlib.aclosing(pieces):
                 async for piece in pieces:
@@ -436,11 +468,16 @@ class _Run:
                         generation = piece
                     elif reader is not None:
                         reader.feed(piece)
+        except BaseException as failure:
+            error = _code(failure)
+            raise
         finally:
-            self._time("zoom_turn" if name == "zoom" else "answer_turn", time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self.calls.append(EngineCall(name, error, seconds, generation))
+            self._time("zoom_turn" if name == "zoom" else "answer_turn", seconds)
         assert generation is not None  # every engine ends with one
         formula = sum(view.visual_tokens for view in ask.conversation.views)
-        self.turns.append(Turn(name, generation, time.perf_counter() - started, formula))
+        self.turns.append(Turn(name, generation, seconds, formula))
         if reader is not None:
             answer = reader.finish()
             self._cut_short, self._answer_tokens = reader.cut_short, reader.tokens
@@ -480,7 +517,8 @@ class _Run:
         if first is None or last is None:
             return VisualTokens(overview.visual_tokens, crop, extra, baseline, "formula")
         mismatch = any(turn.generation.usage.image_tokens != turn.image_tokens_formula for turn in self.turns)
-        return VisualTokens(first - extra, last - first, extra, baseline, "engine", mismatch)
+        # An engine that counts fewer than the images of the context come to by the formula must not make anything negative.
+        return VisualTokens(max(0, first - extra), max(0, last - first), extra, baseline, "engine", mismatch)
 
     def _time(self, stage: Stage, seconds: float) -> None:
         self.timings[stage] = self.timings.get(stage, 0.0) + seconds
@@ -528,6 +566,13 @@ class _VisibleAnswer:
             if text:
                 self._visible += text
                 self._emit(AnswerDelta(text))
+
+
+def _code(failure: BaseException) -> str:
+    """Return what listeners are told of a failure."""
+    if isinstance(failure, asyncio.CancelledError | GeneratorExit):
+        return "cancelled"
+    return failure.code if isinstance(failure, ErgoError) else ErgoError.code
 
 
 def _after(context: Sequence[Message], conversation: Conversation) -> Conversation:

@@ -85,6 +85,8 @@ def test_hanging_up_during_a_turn(
             assert meter("ergo_requests_in_flight") == 1
         support.wait_until(lambda: free(engine, meter), "all is free")
         assert meter("ergo_requests_total", outcome="cancelled") == meter("ergo_requests_total") == 1
+        stage = "zoom_turn" if turns == 1 else "answer_turn"
+        assert meter("ergo_client_disconnects_total", stage=stage) == meter("ergo_client_disconnects_total") == 1
     assert len(engine.calls) == turns
     assert not caplog.records  # people leave: no fault, and nothing for the log
 
@@ -136,6 +138,7 @@ def test_hanging_up_amid_the_body() -> None:
             support.wait_until(lambda: meter("ergo_body_bytes_in_flight") > 0, "the body is being read")
         support.wait_until(lambda: free(engine, meter), "all is free")
         assert meter("ergo_requests_total", outcome="cancelled") == 1
+        assert meter("ergo_client_disconnects_total", stage="receive") == 1
     assert not engine.calls
 
 

@@ -83,8 +83,10 @@ class Served:
         self.release = threading.Event()
         self.left = 0
         """Readers of a body who were told that its sender had left."""
+        self.refusals: list[str] = []
+        """Why connections were turned away or cut off."""
         self.app = FastAPI()
-        self.app.state.connection_limits = ConnectionLimits(**limits | given)
+        self.app.state.connection_limits = ConnectionLimits(self.refusals.append, **limits | given)
         self.app.state.ending = Ending(0, 0, lambda: None)
         self.app.get("/")(self._hello)
         self.app.get("/endless")(self._endless)
@@ -221,6 +223,7 @@ def test_a_slow_head_is_cut_off(before: tuple[str, ...]) -> None:
             time.sleep(0.02)
         assert server.get().text == "hello"
         assert refusal(to_the_end(connection)) == (408, "request_timeout")
+        assert server.refusals == ["slow_head"]
 
 
 def test_each_head_has_its_own_time() -> None:
@@ -282,6 +285,7 @@ def test_what_is_no_http_has_the_envelope(server: Served, garbage: bytes, before
             good, hello, answer = answer.partition(b"hello")
             assert (good[:15], hello) == (b"HTTP/1.1 200 OK", b"hello")
         assert refusal(answer) == (400, "invalid_request")
+        assert server.refusals[-1] == "bad_head"
         assert server.get().text == "hello"
 
 
@@ -319,6 +323,7 @@ def test_a_reader_who_never_reads_is_cut_off(path: str) -> None:
     ):
         support.wait_until(lambda: reset(connection), "the connection is broken")
         support.wait_until(lambda: server.streaming == 0, "the stream has ended")
+        assert server.refusals == ["slow_reader"]
 
 
 @pytest.mark.parametrize("path", ["/endless", "/big"])
@@ -376,6 +381,7 @@ def test_idle_connections_make_room() -> None:
         support.wait_until(lambda: sum(map(answered, silent)) >= 20, "the limit holds")
         assert answered(silent[0])
         assert not answered(silent[-1])
+        assert set(server.refusals) == {"displaced"}
 
 
 def test_where_all_connections_are_in_use_the_newest_is_refused() -> None:
@@ -387,6 +393,7 @@ def test_where_all_connections_are_in_use_the_newest_is_refused() -> None:
             answer = to_the_end(one_more)
         assert refusal(answer) == (503, "overloaded")
         assert b"\r\nretry-after: 1\r\n" in answer
+        assert server.refusals == ["too_many"]
         server.release.set()
         assert all(to_the_end(connection).endswith(b"released") for connection in busy)
         assert server.get().text == "hello"

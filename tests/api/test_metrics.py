@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from urllib.parse import quote
@@ -13,8 +14,10 @@ import support
 from asking import Meter, chat, client, data_url, picture, scripted, vqa
 from starlette.testclient import TestClient
 
+from ergo_server import __version__
 from ergo_server.engine.base import Delta, Generation, Sampling, Usage
 from ergo_server.engine.scripted import ScriptedEngine
+from ergo_server.errors import EngineFailed
 from ergo_server.protocol.conversation import Conversation
 
 ONE_OF_EACH = {
@@ -82,8 +85,8 @@ def test_stages_are_timed_once_a_request() -> None:
     vqa(http)
     vqa(http, zoom="never")
     meter = Meter.of(http)
-    stages = ("decode", "overview", "zoom_turn", "crop", "answer_turn")
-    assert [meter("ergo_stage_duration_seconds_count", stage=stage) for stage in stages] == [2, 2, 1, 1, 2]
+    stages = ("receive", "decode", "overview", "zoom_turn", "crop", "answer_turn")
+    assert [meter("ergo_stage_duration_seconds_count", stage=stage) for stage in stages] == [2, 2, 2, 1, 1, 2]
     assert meter("ergo_request_duration_seconds_count") == 2
 
 
@@ -131,12 +134,123 @@ def test_every_series_is_there_from_the_start() -> None:
     http = client(scripted(), max_body_bytes=100_000)
     meter = Meter.of(http)
     before = meter.all()
-    some = {key: value for key, value in before.items() if value and not key[0].endswith("_limit_bytes")}
+    told = ("_limit_bytes", "_limit", "_info")
+    some = {key: value for key, value in before.items() if value and key[0].startswith("ergo_") and not key[0].endswith(told)}
     assert some == {("ergo_circuit_breaker_state", (("state", "closed"),)): 1}
     use(http)
     after = meter.all()
     assert after.keys() == before.keys()
     assert sum(after.values()) > 0
+
+
+def test_ten_thousand_hostile_requests_add_no_series() -> None:
+    """Ten thousand requests, each with a model, path, method, host, key and id of its own, leave the series as they were."""
+    http = client(scripted(), max_body_bytes=100_000)
+    meter = Meter.of(http)
+    before = meter.all().keys()
+    for number in range(2500):
+        name = f"{number}-{random.Random(number).randbytes(9).hex()}"
+        http.get(f"/v1/models/{name}", headers={"host": f"{name}.example", "authorization": f"Bearer {name}"})
+        http.request(f"M{number}", f"/{name}", headers={"x-request-id": name, "traceparent": name})
+        vqa(http, b"no image", model=name)
+        chat(http, {"role": name, "content": name}, model="ergo", user=name)
+    assert meter.all().keys() == before
+    assert meter("ergo_http_requests_total") == 10_000
+
+
+def test_images_are_counted_by_how_they_came_and_how_large_they_are() -> None:
+    """Each image counts under its source and format, its tokens under its size; pixels and bytes are those of image and views."""
+    http = client()
+    image = picture(1600, 1600, "JPEG")
+    http.post("/v1/vqa", data={"question": "?"}, files={"image": image})
+    said = vqa(http, image).json()
+    vqa(http, image)
+    kept = http.post("/v1/images", files={"image": picture()}).json()["id"]
+    asking.post_json(http, "/v1/vqa", {"image": kept, "question": "?"})
+    meter = Meter.of(http)
+    assert meter("ergo_images_total", source="body", format="jpeg") == 1
+    assert meter("ergo_images_total", source="json", format="jpeg") == 2
+    assert meter("ergo_images_total", source="stored", format="png") == 1
+    assert meter("ergo_visual_tokens_baseline_total", size="to_8mp") == 3 * said["visual_tokens"]["baseline"]
+    assert meter("ergo_visual_tokens_total", size="to_8mp", kind="crop") == 3 * said["visual_tokens"]["crop"]
+    assert meter("ergo_visual_tokens_baseline_total", size="above_32mp") == 0
+    assert meter("ergo_image_bytes_sum") == 3 * len(image) + len(picture())
+    assert meter("ergo_image_pixels_sum", kind="original") == 3 * 1600 * 1600 + 800 * 600
+    crop = said["regions"][0]["crop"]
+    assert meter("ergo_image_pixels_count", kind="crop") == 4
+    assert meter("ergo_zoom_magnification_count") == 4
+    assert crop["width"] * crop["height"] <= meter("ergo_image_pixels_sum", kind="crop") / 3
+
+
+def test_refused_images_are_counted_by_their_code() -> None:
+    """A question that is refused for its image counts there, wherever that was noticed."""
+    http = client(max_pixels=500_000)
+    for image in (b"no image", picture()[:200], picture(800, 700)):
+        assert vqa(http, image).status_code in (413, 415, 422)
+    meter = Meter.of(http)
+    assert meter("ergo_image_rejections_total", reason="image_too_large") == 1
+    assert meter("ergo_image_rejections_total") == 3
+
+
+class Timed(ScriptedEngine):
+    """An engine that reports its own times."""
+
+    async def generate(
+        self,
+        conversation: Conversation,
+        sampling: Sampling,
+        *,
+        session: str = "",
+        salt: str = "",
+        deadline: float | None = None,
+    ) -> AsyncGenerator[Delta | Generation, None]:
+        """Replay one reply, and say how long it took."""
+        async for piece in super().generate(conversation, sampling, session=session, salt=salt, deadline=deadline):
+            yield replace(piece, queue_seconds=0.25, first_token_seconds=0.5) if isinstance(piece, Generation) else piece
+
+
+def test_the_engines_own_times_are_shown() -> None:
+    """What an engine reports of its queue and its first token is observed by turn; an engine that says nothing adds nothing."""
+    for engine, count in ((Timed(scripted().script), 1), (scripted(), 0)):
+        http = client(engine)
+        vqa(http)
+        meter = Meter.of(http)
+        for turn in ("zoom", "answer"):
+            assert meter("ergo_engine_queue_seconds_sum", turn=turn) == 0.25 * count
+            assert meter("ergo_engine_first_token_seconds_sum", turn=turn) == 0.5 * count
+            assert meter("ergo_engine_request_duration_seconds_count", turn=turn) == 1
+            assert meter("ergo_engine_requests_total", turn=turn, outcome="ok") == 1
+        assert meter("ergo_time_to_first_token_seconds_count", policy="ergo") == 1
+
+
+def test_a_turn_that_fails_is_counted_as_it_failed() -> None:
+    """A failing answer turn counts under its error, the zoom turn before it as ok, and there was no first token."""
+    http = client(scripted(answer=EngineFailed("broken")))
+    assert vqa(http).status_code == 502
+    meter = Meter.of(http)
+    assert meter("ergo_engine_requests_total", turn="zoom", outcome="ok") == 1
+    assert meter("ergo_engine_requests_total", turn="answer", outcome="engine_failed") == 1
+    assert meter("ergo_engine_requests_total") == 2
+    assert meter("ergo_time_to_first_token_seconds_count") == 0
+
+
+def test_readiness_is_shown() -> None:
+    """Whether the engine could be asked is shown as it was when readiness was looked at."""
+    engine = scripted()
+    http = client(engine)
+    meter = Meter.of(http)
+    for ready in (True, False):
+        engine.ready = ready
+        http.get("/readyz")
+        assert meter("ergo_engine_ready") == ready
+
+
+def test_what_it_was_started_with_is_shown() -> None:
+    """Version and budgets stand in labels of series that are 1."""
+    meter = Meter.of(client(max_visual_tokens=36))
+    assert meter("ergo_build_info", version=__version__) == 1
+    assert meter("ergo_config_info", engine="scripted", max_visual_tokens="36", default_visual_tokens="36") == 1
+    assert meter("process_resident_memory_bytes") > 1_000_000
 
 
 def use(http: TestClient) -> None:

@@ -113,6 +113,7 @@ def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetche
     )
     work, store = _image_work(settings), _image_store(settings)
     metrics.watch_images(work, store)
+    metrics.configured(engine.name, default, largest)
     service = Service(
         engine=engine,
         zooming=pipeline,
@@ -140,7 +141,7 @@ def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetche
     app.add_middleware(Admission, keys=keys, limits=limits, gate=gate, metrics=metrics, open_metrics=settings.open_metrics)
     app.add_middleware(LimitBody, refused=metrics.refuse, limits=_body_limits(settings))
     app.add_middleware(Observe, metrics=metrics)
-    app.state.connection_limits = _connection_limits(settings)
+    app.state.connection_limits = _connection_limits(settings, metrics)
     app.state.ending = Ending(settings.drain_grace_seconds, settings.drain_seconds, gate.drain)
     return app
 
@@ -188,8 +189,9 @@ def _body_limits(settings: Settings) -> BodyLimits:
     )
 
 
-def _connection_limits(settings: Settings) -> ConnectionLimits:
+def _connection_limits(settings: Settings, metrics: Metrics) -> ConnectionLimits:
     return ConnectionLimits(
+        refused=metrics.refuse_connection,
         head_seconds=settings.head_seconds,
         max_head_bytes=settings.max_head_bytes,
         keep_alive_seconds=settings.keep_alive_seconds,
@@ -274,6 +276,7 @@ def _probes(engine: Engine, metrics: Metrics, draining: Callable[[], bool]) -> A
             stopping = Readiness(status="draining", engine=engine.name, detail="the server is stopping")
             return JSONResponse(stopping.model_dump(), status_code=503)
         status = await engine.status()
+        metrics.ready(status.ready)
         shown = Readiness(status="ready" if status.ready else "waiting", engine=engine.name, detail=status.detail)
         return JSONResponse(shown.model_dump(), status_code=200 if status.ready else 503)
 

@@ -99,13 +99,12 @@ def router(service: Service) -> APIRouter:
             chat = await _read_chat(request)
             budget = service.likely_budget(chat.ergo.max_visual_tokens)
             said = await unless_gone(request, _read_messages(chat.messages, service.images(request), budget, service.limits))
-            received = time.perf_counter() - request.scope["received_at"]
             raw = chat.model == "ergo-raw" or not any(isinstance(part, Original) for message in said for part in message.parts)
             asked = await unless_gone(request, _as_given(said)) if raw else _task(service, request, chat, said)
         if isinstance(asked, Conversation):
             return await _raw(request, service, chat, asked)
         task = asked
-        reply = _Reply(chat, task.question, received)
+        reply = _Reply(chat, task.question)
         if chat.stream:
             return await event_stream(request, _chunked(service.pipeline(chat.model).stream(task), reply), str, _failed)
         result = await unless_gone(request, service.pipeline(chat.model).answer(task))
@@ -238,6 +237,7 @@ def _task(service: Service, request: Request, chat: ChatRequest, said: Sequence[
         context=tuple(context),
         tenant=service.tenant(request).name,
         salt=service.salt(request),
+        receive_seconds=service.received(request),
     )
 
 
@@ -250,7 +250,6 @@ class _Reply:
 
     chat: ChatRequest
     question: Question
-    received: float
     """Seconds it took to read the body."""
 
     @property
@@ -287,7 +286,7 @@ class _Reply:
             "regions": [region.model_dump(mode="json")],
             "visual_tokens": VisualTokensInfo.of(result.visual_tokens).model_dump(mode="json"),
             "turns": [TurnUsage.of(turn).model_dump(mode="json") for turn in result.turns],
-            "timings": Timings.of(result.timings, self.received).model_dump(mode="json"),
+            "timings": Timings.of(result.timings).model_dump(mode="json"),
         }
 
 

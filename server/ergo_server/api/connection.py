@@ -10,6 +10,7 @@ import asyncio
 import socket
 import struct
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from uvicorn.server import ServerState
 from ergo_server.api.errors import respond
 from ergo_server.api.pace import Pace
 from ergo_server.errors import BodyTooSlow, ErgoError, Overloaded, RequestError
+from ergo_server.telemetry.metrics import Refusal
 
 LOOK_SECONDS = 0.25
 """Each connection is looked at this often. Its limits count looks, not time: while the event loop is busy nobody is late."""
@@ -34,6 +36,9 @@ AGAIN_SECONDS = 1
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
     """What a connection may do. The settings of the same names give the reasons for their defaults."""
+
+    refused: Callable[[Refusal], None]
+    """Told of each connection that is turned away or cut off for one of these."""
 
     head_seconds: float
     """For a request's head to arrive."""
@@ -113,6 +118,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
+        self._limits.refused("bad_head")
         size = f"{self._limits.max_head_bytes:,}"
         self._refuse(RequestError(f"this is not HTTP/1.1, or the head is longer than {size} bytes"))
 
@@ -144,14 +150,17 @@ class Connection(H11Protocol):
             return
         unused = [other for other in there if other is not self and other._unused]
         if unused:
+            self._limits.refused("displaced")
             max(unused, key=lambda other: other._looks).transport.abort()
         else:
+            self._limits.refused("too_many")
             self._refuse(Overloaded("the server has as many connections as it takes", retry_after=AGAIN_SECONDS))
 
     def _look(self) -> None:
         """See whether the client does its part."""
         self._look_again = self.loop.call_later(LOOK_SECONDS, self._look)
         if not self._reads():
+            self._limits.refused("slow_reader")
             self._reset()
             return
         owed = self._owes()
@@ -163,6 +172,7 @@ class Connection(H11Protocol):
             self._reset()
         elif owed == "head" and waited > self._limits.head_seconds:
             if self.conn.trailing_data[0]:
+                self._limits.refused("slow_head")
                 self._refuse(BodyTooSlow(f"the request's head did not arrive within {self._limits.head_seconds:g} s"))
             else:
                 self.transport.close()

@@ -405,16 +405,16 @@ class Timings(Shown):
     total_ms: float = Field(ge=0, description="milliseconds from the first byte to the answer", examples=[258.839])
 
     @classmethod
-    def of(cls, timings: dict[str, float], received: float) -> Timings:
+    def of(cls, timings: dict[str, float]) -> Timings:
         """Show seconds as milliseconds.
 
         Args:
             timings: seconds by stage.
-            received: seconds it took to read the body.
         """
-        stages = ("decode", "overview", "zoom_turn", "crop", "answer_turn")
+        stages = ("receive", "decode", "overview", "zoom_turn", "crop", "answer_turn")
         shown = {f"{stage}_ms": round(1000 * timings.get(stage, 0.0), 3) for stage in stages}
-        return cls(receive_ms=round(1000 * received, 3), total_ms=round(1000 * (received + timings["total"]), 3), **shown)
+        total = timings.get("receive", 0.0) + timings["total"]
+        return cls(total_ms=round(1000 * total, 3), **shown)
 
 
 class VqaResponse(Shown):
@@ -447,7 +447,7 @@ class VqaResponse(Shown):
     timings: Timings = Field(description="where the time went")
 
     @classmethod
-    def of(cls, result: Result, *, model: str, include: list[str], received: float) -> VqaResponse:
+    def of(cls, result: Result, *, model: str, include: list[str]) -> VqaResponse:
         """Show a result."""
         return cls(
             id=f"vqa-{result.id}",
@@ -463,7 +463,7 @@ class VqaResponse(Shown):
             regions=[RegionInfo.of(result.region, result.header, crop="crop" in include)],
             visual_tokens=VisualTokensInfo.of(result.visual_tokens),
             usage=UsageInfo.of(result),
-            timings=Timings.of(result.timings, received),
+            timings=Timings.of(result.timings),
         )
 
 

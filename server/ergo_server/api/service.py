@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -52,6 +53,11 @@ class Service:
     def salt(self, request: Request) -> str:
         """Return what keeps the caller's part of the engine's prefix cache apart."""
         return self.salted(self.tenant(request))
+
+    def received(self, request: Request) -> float:
+        """Return the seconds that it took to read a request, and to fetch what it names, until now."""
+        since: float = request.scope["received_at"]
+        return time.perf_counter() - since
 
     def images(self, request: Request) -> Images:
         """Return where the images of a request come from; they are closed when it is over."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter, Request, Response
@@ -92,16 +91,16 @@ def router(service: Service) -> APIRouter:
             seed=fields.seed,
             tenant=service.tenant(request).name,
             salt=service.salt(request),
+            receive_seconds=service.received(request),
         )
-        received = time.perf_counter() - request.scope["received_at"]
 
         def show(event: Event) -> str:
-            return _show(event, fields, received)
+            return _show(event, fields)
 
         if fields.stream:
             return await event_stream(request, _wanted(pipeline.stream(task), fields), show, sse_error)
         result = await unless_gone(request, pipeline.answer(task))
-        return JSONResponse(dump(VqaResponse.of(result, model=fields.model, include=list(fields.include), received=received)))
+        return JSONResponse(dump(VqaResponse.of(result, model=fields.model, include=list(fields.include))))
 
     @routes.post(
         "/v1/vqa/estimate",
@@ -146,7 +145,7 @@ async def _wanted(events: AsyncGenerator[Event, None], fields: VqaFields) -> Asy
                 yield event
 
 
-def _show(event: Event, fields: VqaFields, received: float) -> str:
+def _show(event: Event, fields: VqaFields) -> str:
     match event:
         case OverviewMade(view=view):
             return sse(ViewInfo.of(view, data=True).model_dump(mode="json"), "overview")
@@ -158,4 +157,4 @@ def _show(event: Event, fields: VqaFields, received: float) -> str:
         case AnswerDelta(text=text):
             return sse({"text": text}, "answer.delta")
         case Done(result=result):
-            return sse(dump(VqaResponse.of(result, model=fields.model, include=list(fields.include), received=received)), "done")
+            return sse(dump(VqaResponse.of(result, model=fields.model, include=list(fields.include))), "done")

@@ -65,6 +65,10 @@ class Generation:
     text: str
     finish_reason: FinishReason
     usage: Usage
+    queue_seconds: float | None = None
+    """How long it waited in the engine, as the engine reports it; None where it does not."""
+    first_token_seconds: float | None = None
+    """From its arrival in the engine to its first token, likewise."""
 
 
 @dataclass(frozen=True, slots=True)

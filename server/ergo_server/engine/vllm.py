@@ -2,6 +2,7 @@
 
 Facts this file rests on (measured on vLLM 0.32, research of this project):
     * Prefix and image caches are keyed by the encoded bytes of an image: the very same ``data:`` URL must be sent again.
+    * ``metrics`` holds the engine's own times when the server runs with ``--enable-per-request-metrics``.
     * ``usage.prompt_tokens_details`` holds ``cached_tokens`` and ``multimodal_tokens.image`` when the server runs with
       ``--enable-prompt-tokens-details``; streaming sends it in a last chunk without choices.
     * ``stop`` with ``include_stop_str_in_output`` keeps the closing tag.
@@ -189,6 +190,7 @@ class VllmEngine:
                 if response.status_code != 200:
                     raise self._refused(response.status_code, _json(await response.aread()))
                 reason, usage, counted = None, None, 0
+                timings: dict[str, Any] = {}
                 async for event in _events(response):
                     if self._client.is_closed:  # closing it ends the connections it had, not one that was being made
                         raise EngineUnavailable("the engine is shutting down")
@@ -197,6 +199,7 @@ class VllmEngine:
                     counts = event.get("usage")
                     if counts:
                         usage = counts
+                    timings = event.get("metrics") or timings
                     for choice in event.get("choices") or ():
                         reason = choice.get("finish_reason") or reason
                         piece = (choice.get("delta") or {}).get("content") or ""
@@ -207,7 +210,13 @@ class VllmEngine:
                             counted = total
                 if reason not in ("stop", "length") or usage is None:  # vLLM says "abort" when it is shut down meanwhile
                     raise EngineFailed("the engine ended its reply without finishing it")
-                yield Generation("".join(text), reason, _usage(usage))
+                yield Generation(
+                    "".join(text),
+                    reason,
+                    _usage(usage),
+                    queue_seconds=_seconds(timings.get("queue_time_ms")),
+                    first_token_seconds=_seconds(timings.get("time_to_first_token_ms")),
+                )
         except httpx2.TransportError as error:
             failure = _unreachable(error)
             # A pooled connection that the engine closed while idle breaks at once when used: the request was never read.
@@ -295,6 +304,10 @@ def _usage(counts: Mapping[str, Any]) -> Usage:
         cached_tokens=details.get("cached_tokens"),
         image_tokens=(details.get("multimodal_tokens") or {}).get("image"),
     )
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else max(0.0, milliseconds / 1000)
 
 
 def _unreachable(error: httpx2.TransportError) -> EngineError:

@@ -12,6 +12,7 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Literal
 
 from ergo_server.imaging import decode, view
 from ergo_server.imaging.file import ImageFile
@@ -20,6 +21,9 @@ from ergo_server.imaging.header import ImageHeader, read_header
 from ergo_server.imaging.view import View
 from ergo_server.imaging.work import Hold, ImageWork
 
+ImageSource = Literal["body", "json", "stored", "remote"]
+"""How an image came: as bytes of the body, in base64 within JSON, as an upload's id, by its address."""
+
 
 class Original:
     """One image. Belongs to one event loop; close it.
@@ -27,10 +31,12 @@ class Original:
     Args:
         file: the encoded bytes, whole or still arriving.
         work: where it is decoded.
+        source: how it came.
     """
 
-    def __init__(self, file: ImageFile, work: ImageWork) -> None:
+    def __init__(self, file: ImageFile, work: ImageWork, source: ImageSource = "body") -> None:
         self.file = file
+        self.source: ImageSource = source
         self.load_seconds = 0.0
         """What decoding it as a whole took; 0 where that was not done."""
         self._work = work
@@ -47,7 +53,7 @@ class Original:
 
     def again(self) -> Original:
         """Return the same image for another request, with the views made so far; what that one makes and holds is its own."""
-        other = Original(self.file, self._work)
+        other = Original(self.file, self._work, "stored")
         other._header, other._views = self._header, dict(self._views)
         return other
 

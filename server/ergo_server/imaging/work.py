@@ -161,6 +161,7 @@ class ImageWork:
         self.memory = Reserve(memory_bytes)
         self.busy = 0
         """Threads that have work."""
+        self.most_busy = threads + arriving
         self._wait_seconds = wait_seconds
         self._decode_seconds = decode_seconds
         self._threads = ThreadPoolExecutor(threads, "decode")

@@ -12,7 +12,7 @@ import pybase64
 from ergo_server.errors import ImageUnreadable, RequestError
 from ergo_server.imaging.file import ImageFile
 from ergo_server.imaging.geometry import PixelBudget
-from ergo_server.imaging.original import Original
+from ergo_server.imaging.original import ImageSource, Original
 from ergo_server.imaging.work import ImageWork
 from ergo_server.intake.fetch import Fetcher
 from ergo_server.intake.store import ImageStore
@@ -59,16 +59,16 @@ class Images:
     tenant: str
     closing: AsyncExitStack
 
-    def arriving(self, budget: PixelBudget | None) -> Arriving:
+    def arriving(self, budget: PixelBudget | None, source: ImageSource = "body") -> Arriving:
         """Open an image whose bytes are about to come; its overview is made meanwhile, if a budget is given."""
-        original = self._opened(ImageFile())
+        original = self._opened(ImageFile(), source)
         if budget is not None:
             original.expect(budget)
         return Arriving(original)
 
     def whole(self, data: bytes) -> Original:
-        """Open an image of which all bytes are there."""
-        return self._opened(ImageFile.of(data))
+        """Open an image of which all bytes are there: decoded from JSON."""
+        return self._opened(ImageFile.of(data), "json")
 
     async def named(self, image: object, *, budget: PixelBudget | None = None, fetch: bool = True) -> Original:
         """Find the image that a JSON body names: a ``data:`` URL, ``{"data": base64}``, ``img_…``, or an address.
@@ -97,15 +97,15 @@ class Images:
             if _ADDRESS.match(image):
                 if not fetch:
                     raise RequestError("no remote image is fetched here; send the bytes, or a data: URL", param="image")
-                arriving = self.arriving(budget)
+                arriving = self.arriving(budget, "remote")
                 await self.fetcher.fetch(image, arriving.write)
                 arriving.end()
                 return arriving.original
         forms = 'a data: URL, {"data": base64}, the id of an uploaded image, an address, or an uploaded file'
         raise RequestError(f"the image must be {forms}", param="image")
 
-    def _opened(self, file: ImageFile) -> Original:
-        return self._closed(Original(file, self.work))
+    def _opened(self, file: ImageFile, source: ImageSource) -> Original:
+        return self._closed(Original(file, self.work, source))
 
     def _closed(self, original: Original) -> Original:
         self.closing.push_async_callback(original.aclose)
