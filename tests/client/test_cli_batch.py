@@ -178,7 +178,7 @@ def test_killed_again_and_again_nothing_is_lost_or_written_twice(tmp_path: Path)
     """Killed in the middle three times, with a line half written, the same command ends with every row once, in order; only what
     was under way at a kill was asked a second time."""
     count, at_once, kills = 120, 4, 3
-    source, out, asked = numbered(tmp_path / "in.jsonl", count), tmp_path / "out.jsonl", Asked(0.005)
+    source, out, asked = numbered(tmp_path / "in.jsonl", count), tmp_path / "out.jsonl", Asked(0.02)
     with support.gateway(asked.engine) as url:
         for kill in range(1, kills + 1):
             batch = started(url, str(source), str(out), "--concurrency", str(at_once))
@@ -191,6 +191,7 @@ def test_killed_again_and_again_nothing_is_lost_or_written_twice(tmp_path: Path)
             assert out.read_bytes().count(b"\n") < count
             with out.open("ab") as file:
                 file.write(b'{"row": 7, "inp')
+        asked.engine.seconds_per_token = 0
         done = run(url, "batch", str(source), str(out), "--concurrency", str(at_once))
     assert done.returncode == 0
     assert [line["row"] for line in lines(out)] == list(range(count))
@@ -203,7 +204,7 @@ def test_killed_again_and_again_nothing_is_lost_or_written_twice(tmp_path: Path)
 
 def test_an_interrupt_is_status_130_and_can_be_taken_up(tmp_path: Path) -> None:
     """Ctrl-C ends a batch with one line that says how to go on, and going on completes it."""
-    source, out, asked = numbered(tmp_path / "in.jsonl", 60), tmp_path / "out.jsonl", Asked(0.005)
+    source, out, asked = numbered(tmp_path / "in.jsonl", 60), tmp_path / "out.jsonl", Asked(0.1)
     with support.gateway(asked.engine) as url:
         batch = started(url, str(source), str(out))
         support.wait_until(lambda: out.exists() and out.read_bytes().count(b"\n") >= 5, "some rows are answered")
@@ -211,6 +212,7 @@ def test_an_interrupt_is_status_130_and_can_be_taken_up(tmp_path: Path) -> None:
         _, complaints = batch.communicate()
         assert (batch.returncode, b"Traceback" in complaints) == (130, False)
         assert b"goes on" in complaints
+        asked.engine.seconds_per_token = 0
         assert run(url, "batch", str(source), str(out)).returncode == 0
     assert [line["row"] for line in lines(out)] == list(range(60))
 

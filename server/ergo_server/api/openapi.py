@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter
@@ -96,7 +95,7 @@ def _failures(errors: Errors) -> Iterator[tuple[str, Json]]:
         yield (
             str(status),
             {
-                "description": f"{HTTPStatus(status).phrase}\n\n" + "\n".join(lines),
+                "description": "\n".join(lines),
                 "headers": _headers("x-request-id", *_ERROR_HEADERS.get(status, ())),
                 "content": {"application/json": {"schema": _ref(ErrorEnvelope), "examples": examples}},
             },

@@ -98,7 +98,7 @@ async function choose(blob, name, sample = null) {
   image?.upload.forget();
   image?.picture?.close();
   stage.clear();
-  const chosen = { blob, name, sample, picture: null, upload: new Upload(blob, (news) => image === chosen && showUpload(news)) };
+  const chosen = { blob, name, sample, size: null, picture: null, upload: new Upload(blob, (news) => image === chosen && showUpload(news)) };
   image = chosen;
   by("invitation").hidden = true;
   by("unshown").hidden = true;
@@ -119,8 +119,10 @@ function send() {
   sending.upload.start().catch((error) => image === sending && !running && fail(error, send));
 }
 
+// The browser and the server each may be the first, or the only one, to know the size.
 function showFacts(size) {
-  const parts = [image.name, size && pixels(size), bytes(image.blob.size)];
+  image.size = size ?? image.size;
+  const parts = [image.name, image.size && pixels(image.size), bytes(image.blob.size)];
   by("facts").textContent = parts.filter(Boolean).join(" · ");
 }
 
