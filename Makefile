@@ -2,6 +2,7 @@
 #
 #   make run            start the server on the embedded default; HOST and PORT choose where (127.0.0.1, 8000)
 #   make test           all checks and tests, real vLLM included where its wheel runs
+#   make observability-test   dashboards, rules and traces alone, against a live server, vLLM and Prometheus
 #   make attack         what the internet may do to a server, done to it; takes minutes, prints what it measured
 #   make check          types, lint, format
 #   make bench          the gateway's own cost, and the prefix reuse
@@ -18,14 +19,17 @@ RUN ?= runs/ergo-mini
 URL ?= http://$(HOST):$(PORT)
 BIN := .venv/bin
 
-.PHONY: run test check bench bench-images attack train evaluate clean
+.PHONY: run test observability-test check bench bench-images attack train evaluate clean
 .DELETE_ON_ERROR:
 
 run: .venv/.embedded
 	@$(BIN)/ergo-vqa serve --host $(HOST) --port $(PORT)
 
-test: .venv/.dev .venv-vllm/.tried .cache/.browser check
+test: .venv/.dev .venv-vllm/.tried .cache/.browser .cache/.prometheus check
 	$(BIN)/python -m pytest
+
+observability-test: .venv/.dev .venv-vllm/.tried .cache/.prometheus
+	$(BIN)/python -m pytest tests/observability tests/api/test_metrics.py tests/api/test_tracing.py tests/api/test_logging.py
 
 attack: .venv/.dev .venv-vllm/.tried
 	$(BIN)/python -m pytest -m attack -s tests/attack
@@ -69,4 +73,9 @@ clean:
 # Status 3 likewise: no browser, and none can be installed.
 .cache/.browser: tests/browser/install.sh
 	@tests/browser/install.sh || [ $$? -eq 3 ]
+	@mkdir -p .cache && touch $@
+
+# Likewise for promtool and prometheus.
+.cache/.prometheus: tests/observability/install.sh
+	@tests/observability/install.sh || [ $$? -eq 3 ]
 	@mkdir -p .cache && touch $@

@@ -12,16 +12,21 @@ import io
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 from ergo_client import Answer, Client
+from ergo_server.api import app
 from ergo_server.api.app import create_app
 from ergo_server.api.listen import listen, server
 from ergo_server.engine.base import Engine, Sampling
 from ergo_server.engine.scripted import ScriptedEngine
+from ergo_server.pipeline import Pipeline
 from ergo_server.protocol.conversation import Conversation
 from ergo_server.settings import Settings
+from ergo_server.telemetry.metrics import Metrics
 from ergo_train.scenes import HELD_OUT, scene
 
 SIZES = ((1120, 1120), (2240, 1680), (4032, 3024))
@@ -80,6 +85,50 @@ def own_time(count: int) -> None:
             print(f"| {width} × {height} JPEG | {row} |")
 
 
+class Watch:
+    """Measures what it costs to be observed: the time in the pipeline's listeners, and in the count of HTTP requests."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, listen: Callable[..., None]) -> Callable[..., None]:
+        """Return the same listener, with its time added up."""
+
+        def listening(*given: Any) -> None:
+            started = time.perf_counter()
+            listen(*given)
+            self.seconds += time.perf_counter() - started
+
+        return listening
+
+
+def observed(count: int) -> None:
+    """Print the share of a request that its listeners take; the bar is 2 %."""
+    watch = Watch()
+
+    class Watched(Pipeline):
+        def __init__(self, *, listeners: Sequence[Callable[..., None]], **given: Any) -> None:
+            super().__init__(**given, listeners=tuple(watch.timed(listen) for listen in listeners))
+
+    class Counted(Metrics):
+        def observe_http(self, *given: Any) -> None:
+            watch.timed(super().observe_http)(*given)
+
+    with (
+        mock.patch.object(app, "Pipeline", Watched),
+        mock.patch.object(app, "Metrics", Counted),
+        gateway(ScriptedEngine(reply)) as url,
+        Client(url) as client,
+    ):
+        image, question = picture(*SIZES[0])
+        timed(client, image, question, 5)
+        watch.seconds = 0.0
+        seconds, _ = timed(client, image, question, count)
+    each = watch.seconds / (count + 1)
+    share = each / statistics.mean(seconds)
+    print(f"\nlisteners: {1e6 * each:.0f} µs of {1000 * statistics.mean(seconds):.1f} ms, {share:.2%} of a request (bar: 2 %)")
+
+
 def prefix_reuse(count: int) -> None:
     """Print what the answer turn finds computed, and what a repeated question does."""
     with gateway(None) as url, Client(url) as client:
@@ -112,6 +161,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20, help="requests a row (%(default)s)")
     count = parser.parse_args().requests
     own_time(count)
+    observed(5 * count)
     prefix_reuse(count)
 
 

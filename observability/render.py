@@ -69,6 +69,12 @@ class Source:
         self._http = httpx2.Client(base_url=url, trust_env=False, timeout=60)
         self.window = window
 
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
     def now(self, expression: str) -> Series:
         """Return the series at the window's end."""
         return self._ask("query", query=self.window.filled(expression), time=self.window.end)
@@ -102,9 +108,18 @@ def picture(dashboard: dict[str, Any], source: Source) -> Figure:
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in shown)
     figure = Figure(figsize=(COLUMNS * INCHES, height * INCHES * 0.55 + 0.5), facecolor="white", layout=None)
     figure.text(0.008, 1 - 0.3 / figure.get_figheight(), dashboard["title"], fontsize=14, weight="bold", va="center")
+    for panel in dashboard["panels"]:
+        if panel["type"] == "row":
+            _heading(figure, panel, height)
     for panel in shown:
         _panel(figure, panel, source, height)
     return figure
+
+
+def _heading(figure: Figure, row: dict[str, Any], height: int) -> None:
+    top = 1 - 0.5 / figure.get_figheight()
+    middle = top * (1 - (row["gridPos"]["y"] + row["gridPos"]["h"] / 2) / height)
+    figure.text(0.008, middle, row["title"], fontsize=10, color="#5c6670", va="center")
 
 
 def _panel(figure: Figure, panel: dict[str, Any], source: Source, height: int) -> None:
@@ -286,11 +301,11 @@ def main() -> None:
     parser.add_argument("--rate", default="1m", help="what $__rate_interval becomes; four scrapes or more (%(default)s)")
     args = parser.parse_args()
     end = time.time()
-    source = Source(args.prometheus, Window(end - 60 * args.minutes, end, args.rate))
-    for path in sorted(DASHBOARDS.glob("*.json")):
-        out = args.out / f"dashboard-{path.stem}.png"
-        picture(json.loads(path.read_text()), source).savefig(out, dpi=80)
-        print(out)
+    with Source(args.prometheus, Window(end - 60 * args.minutes, end, args.rate)) as source:
+        for path in sorted(DASHBOARDS.glob("*.json")):
+            out = args.out / f"dashboard-{path.stem}.png"
+            picture(json.loads(path.read_text()), source).savefig(out, dpi=80)
+            print(out)
 
 
 if __name__ == "__main__":

@@ -99,10 +99,15 @@ def answers(url: str) -> bool:
         return False
 
 
+def app(instead: Engine | None = None, **given: object) -> FastAPI:
+    """Return the gateway for ergo-mini, on another engine than the settings name if one is given."""
+    return create_app(mini_settings(**given), instead)
+
+
 @contextlib.contextmanager
 def gateway(instead: Engine | None = None, **given: object) -> Iterator[str]:
     """Serve the gateway for ergo-mini, on another engine than the settings name if one is given; yields its URL once ready."""
-    with served(create_app(mini_settings(**given), instead)) as url:
+    with served(app(instead, **given)) as url:
         wait_until(lambda: answers(f"{url}/readyz"), "the gateway is ready")
         yield url
 
@@ -159,8 +164,11 @@ class Process:
 
 @contextlib.contextmanager
 def process(**settings: object) -> Iterator[Process]:
-    """Run ``ergo-vqa serve`` for ergo-mini, on the embedded engine unless the settings name another."""
-    given = {"prompts": PROMPTS, **settings}
+    """Run ``ergo-vqa serve`` for ergo-mini, on the embedded engine unless the settings name another.
+
+    It complains, but does not write a line for each request, unless the settings say so.
+    """
+    given = {"prompts": PROMPTS, "log_level": "warning", **settings}
     environment = {f"ERGO_{name.upper()}": str(value) for name, value in given.items()}
     command = [sys.executable, "-m", "ergo_server", "serve", "--port", "0"]
     with (

@@ -81,6 +81,9 @@ class Service:
         except ClientDisconnect:
             self.refused("cancelled")
             raise
+        except Exception:
+            self.refused(ErgoError.code)
+            raise
 
     def pipeline(self, model: str) -> Pipeline:
         """Return the pipeline behind a model name.

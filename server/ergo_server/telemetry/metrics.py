@@ -7,6 +7,7 @@ negative, and a counter cannot fall. One process by design: the gateway scales b
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -201,7 +202,7 @@ class Metrics:
             buckets=HIT_RATIOS,
         )
         self.engine_ready = Gauge(
-            "ergo_engine_ready", "Whether the engine could be asked when readiness was last looked at; 0 before.", registry=new
+            "ergo_engine_ready", "Whether the engine could be asked when readiness was last looked at; NaN before.", registry=new
         )
         self.breaker = Gauge(
             "ergo_circuit_breaker_state",
@@ -252,6 +253,7 @@ class Metrics:
             ("outcome",),
             registry=new,
         )
+        self.engine_ready.set(math.nan)  # 0 would be an alert about a server that nobody probes
         self.build = Gauge("ergo_build_info", "1, with the server's and Python's version.", ("version", "python"), registry=new)
         self.config = Gauge(
             "ergo_config_info",
