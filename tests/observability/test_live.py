@@ -95,7 +95,7 @@ def live(vllm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     (key, line), (limited, few) = new_key("team"), new_key("others")
     keys = f"{line}\n{few} requests_per_minute=1"
     with ExitStack() as stack:
-        open_keys = {"api_keys": keys, "open_metrics": True}
+        open_keys: dict[str, Any] = {"api_keys": keys, "open_metrics": True}
         good = stack.enter_context(support.gateway(engine="vllm", engine_url=vllm, **open_keys))
         lost = f"http://127.0.0.1:{support.free_port()}"
         bad = stack.enter_context(support.served(support.app(engine="vllm", engine_url=lost, breaker_failures=2, **open_keys)))
