@@ -15,8 +15,8 @@ ROOMS = ("api", "telemetry", "pipeline", "engine", "protocol", "imaging", "error
 MAY_IMPORT = {
     **{room: set(ROOMS[number:]) for number, room in enumerate(ROOMS)},
     "intake": {"intake", "imaging", "errors"},
-    "settings": {"settings", "pipeline", "engine", "intake", "imaging"},
-    "__main__": {"api", "settings", "protocol", "imaging"},
+    "settings": {"settings", "telemetry", "pipeline", "engine", "intake", "imaging"},
+    "__main__": {"api", "telemetry", "settings", "protocol", "imaging"},
 }
 MAY_IMPORT["api"] |= {"intake"}
 MAY_IMPORT["telemetry"] |= {"intake"}

@@ -19,6 +19,8 @@ class Upstream(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Reply)
         self.asked = 0
+        self.headers: list[dict[str, str]] = []
+        """Of each question; their names in small letters."""
         self.left = 0
         """Callers who left before their reply had ended."""
         self.go_on = threading.Event()
@@ -44,6 +46,7 @@ class _Reply(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Answer, piece by piece."""
         asked = self.rfile.read(int(self.headers["content-length"]))
+        self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
         reply = ZOOM if "</zoom>" in json.loads(asked)["stop"] else ANSWER
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")

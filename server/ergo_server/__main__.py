@@ -82,10 +82,12 @@ def _serve(args: argparse.Namespace) -> int:
     from ergo_server.imaging.work import return_freed_memory
     from ergo_server.protocol.prompts import PromptsError
     from ergo_server.settings import Settings
+    from ergo_server.telemetry.logging import configure
 
     given = {name: value for name in ("host", "port") if (value := getattr(args, name)) is not None}
     try:
         settings = Settings(**given)
+        configure(settings.log_level, settings.log_format)
         app = create_app(settings)
         listening = listen(settings.host, settings.port)
     except (KeysError, ValidationError, PromptsError, OSError) as error:

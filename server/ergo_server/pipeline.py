@@ -13,7 +13,7 @@ import contextlib
 import hmac
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -154,6 +154,17 @@ class EngineCall:
     """The error's code, ``cancelled``, or None."""
     seconds: float
     generation: Generation | None
+    started: float
+    """On the clock of `time.perf_counter`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpan:
+    """When a stage ran, on the clock of `time.perf_counter`."""
+
+    name: Stage
+    started: float
+    ended: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +184,10 @@ class Record:
     """Until the first visible piece of the answer; None where it came to none."""
     calls: tuple[EngineCall, ...] = ()
     """What the engine was asked, in its order."""
+    stages: tuple[StageSpan, ...] = ()
+    """In the order of their ends; they may overlap. A stage that failed is among them."""
+    header: ImageHeader | None = None
+    """What was known of the image; None where it could not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +228,7 @@ class Done:
 
 Event = OverviewMade | RegionFound | ReasoningDelta | AnswerDelta | Done
 Listener = Callable[[Record], None]
+CallListener = Callable[[EngineCall], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +252,7 @@ class Pipeline:
         session_secret: keys the session header, so that it tells nobody what the image was.
         deadlines: bounds in seconds.
         listeners: told of every request when it ends.
+        passed: told of every turn that was passed through, when it ends.
     """
 
     engine: Engine
@@ -244,6 +261,7 @@ class Pipeline:
     session_secret: bytes = b""
     deadlines: Deadlines = Deadlines()
     listeners: Sequence[Listener] = ()
+    passed: Sequence[CallListener] = ()
 
     async def answer(self, task: Task) -> Result:
         """Answer a question.
@@ -288,9 +306,21 @@ class Pipeline:
         first = next(conversation.views, None)
         session = self.session(first) if first is not None else ""
         pieces = self.engine.generate(conversation, sampling, session=session, salt=salt, deadline=deadline)
-        async with contextlib.aclosing(pieces):
-            async for piece in pieces:
-                yield piece
+        started = time.perf_counter()
+        generation, error = None, None
+        try:
+            async with contextlib.aclosing(pieces):
+                async for piece in pieces:
+                    generation = piece if isinstance(piece, Generation) else None
+                    yield piece
+        except BaseException as failure:
+            if generation is None:  # else its reader, who has all, closes it
+                error = _code(failure)
+            raise
+        finally:
+            call = EngineCall("single", error, time.perf_counter() - started, generation, started)
+            for listener in self.passed:
+                listener(call)
 
     async def _run(self, task: Task, emit: Callable[[Event], None]) -> Result:
         run = _Run(self, task, emit)
@@ -320,6 +350,8 @@ class Pipeline:
                 task.image.file.size,
                 run.first_token_seconds,
                 tuple(run.calls),
+                tuple(run.stages),
+                run.header,
             )
             for listener in self.listeners:
                 listener(record)
@@ -337,7 +369,10 @@ class _Run:
         self.calls: list[EngineCall] = []
         self.deadline = asyncio.get_running_loop().time() + pipeline.deadlines.request
         self.policy = pipeline.policy
-        self.timings: dict[str, float] = {"receive": task.receive_seconds}
+        self.header: ImageHeader | None = None
+        self.timings: dict[str, float] = {}
+        self.stages: list[StageSpan] = []
+        self._time("receive", self._started - task.receive_seconds, task.receive_seconds)
         self.turns: list[Turn] = []
         self.session = ""
         self._context: tuple[Message, ...] = ()
@@ -356,7 +391,7 @@ class _Run:
 
     async def answer(self) -> Result:
         task = self.task
-        header = await task.image.header()
+        header = self.header = await task.image.header()
         skipped = self._skipped(header.size)
         if skipped:
             self.policy = self.pipeline.single
@@ -386,7 +421,7 @@ class _Run:
             if ask.answers:
                 await task.image.release()  # nothing more is cropped
         if seconds := task.image.load_seconds:
-            self._time("decode", seconds)
+            self._time("decode", task.image.load_started, seconds)
         # A policy whose turns are used up without an answer has answered nothing.
         answer = action if isinstance(action, Answer) else Answer("", tagged=False)
         return self._result(header, overview, region, answer, time.perf_counter() - self._started)
@@ -407,12 +442,11 @@ class _Run:
 
     async def _look(self) -> View:
         """Make the overview, and the views of the images that ride along."""
-        started = time.perf_counter()
-        overview = await self.task.image.overview(self.task.budget)
-        for message in self.task.context:
-            parts = tuple([part if isinstance(part, str) else await self._aside(part) for part in message.parts])
-            self._context += (Message(message.role, parts),)
-        self._time("overview", time.perf_counter() - started)
+        with self._timed("overview"):
+            overview = await self.task.image.overview(self.task.budget)
+            for message in self.task.context:
+                parts = tuple([part if isinstance(part, str) else await self._aside(part) for part in message.parts])
+                self._context += (Message(message.role, parts),)
         return overview
 
     async def _aside(self, image: Original) -> View:
@@ -431,9 +465,8 @@ class _Run:
             box, outcome = Box.whole(size), "zoomed"
         else:
             box, outcome = found.box, "clamped" if found.clamped else "zoomed"
-        started = time.perf_counter()
-        crop = await self.task.image.crop(box, self.task.budget)
-        self._time("crop", time.perf_counter() - started)
+        with self._timed("crop"):
+            crop = await self.task.image.crop(box, self.task.budget)
         before = seen[0].view.size.width / size.width
         return RegionReport(
             outcome=outcome,
@@ -473,8 +506,8 @@ class _Run:
             raise
         finally:
             seconds = time.perf_counter() - started
-            self.calls.append(EngineCall(name, error, seconds, generation))
-            self._time("zoom_turn" if name == "zoom" else "answer_turn", seconds)
+            self.calls.append(EngineCall(name, error, seconds, generation, started))
+            self._time("zoom_turn" if name == "zoom" else "answer_turn", started, seconds)
         assert generation is not None  # every engine ends with one
         formula = sum(view.visual_tokens for view in ask.conversation.views)
         self.turns.append(Turn(name, generation, seconds, formula))
@@ -520,8 +553,17 @@ class _Run:
         # An engine that counts fewer than the images of the context come to by the formula must not make anything negative.
         return VisualTokens(max(0, first - extra), max(0, last - first), extra, baseline, "engine", mismatch)
 
-    def _time(self, stage: Stage, seconds: float) -> None:
+    @contextlib.contextmanager
+    def _timed(self, stage: Stage) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._time(stage, started, time.perf_counter() - started)
+
+    def _time(self, stage: Stage, started: float, seconds: float) -> None:
         self.timings[stage] = self.timings.get(stage, 0.0) + seconds
+        self.stages.append(StageSpan(stage, started, started + seconds))
 
 
 class _VisibleAnswer:

@@ -17,6 +17,7 @@ from ergo_server.intake import store
 from ergo_server.intake.body import RequestLimits
 from ergo_server.intake.fetch import FetchLimits, FetchMode
 from ergo_server.pipeline import Deadlines
+from ergo_server.telemetry.logging import Format, Level
 
 
 class Settings(BaseSettings):
@@ -30,6 +31,28 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+
+    log_level: Level = Field(
+        default="info",
+        description="least level that is written to standard error; `info` has a line for every request but the probes",
+    )
+    log_format: Format = Field(
+        default="auto", description="`json`: an object a line; `text`: for people; `auto`: text on a terminal, else json"
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s/]",
+        description="base URL of an OpenTelemetry collector with traces taken at `/v1/traces` (OTLP over HTTP, often port 4318); "
+        "unset: no traces. `OTEL_EXPORTER_OTLP_HEADERS`, `…_CERTIFICATE` and `…_COMPRESSION`, `OTEL_SERVICE_NAME` and "
+        "`OTEL_RESOURCE_ATTRIBUTES` are obeyed",
+    )
+    trace_share: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="of the requests, those that are traced where the caller's `traceparent` does not decide it; all, as a "
+        "request takes seconds and its trace about two kilobytes",
+    )
 
     engine: Literal["embedded", "vllm"] = Field(default="embedded", description="transformers in this process, or vLLM over HTTP")
     checkpoint: str = Field(

@@ -169,9 +169,17 @@ def numbered(path: Path, count: int) -> Path:
 
 
 def started(url: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """Start a batch."""
-    command = [sys.executable, "-m", "ergo_server", "batch", *arguments]
+    """Start a batch that Ctrl-C ends, also where these tests run in the background of a shell, which has it ignored."""
+    command = [sys.executable, "-c", _INTERRUPTIBLE, "batch", *arguments]
     return subprocess.Popen(command, env=os.environ | {"ERGO_URL": url}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+_INTERRUPTIBLE = """
+import signal, sys
+from ergo_server.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_killed_again_and_again_nothing_is_lost_or_written_twice(tmp_path: Path) -> None:

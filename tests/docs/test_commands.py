@@ -27,6 +27,7 @@ ENGINE_PORT = "8001"
 
 NOT_RUN = {
     "make test": "this test is a part of it",
+    "make observability-test": "likewise",
     "make attack": "minutes of harm; its own tests are run by `make attack`",
     "make bench": "measures for minutes, and asserts nothing",
     "make bench-images": "likewise",

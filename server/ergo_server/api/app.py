@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, FastAPI
+from fastapi.telemetry import TelemetryConfig
 from starlette.responses import JSONResponse, Response
 
 from ergo_server import __version__
@@ -41,13 +43,23 @@ from ergo_server.protocol.ergo import ErgoPolicy
 from ergo_server.protocol.prompts import builtin_profile, load_profile
 from ergo_server.protocol.single import SinglePolicy
 from ergo_server.settings import Settings
+from ergo_server.telemetry import exchange
 from ergo_server.telemetry.metrics import Metrics
 
-log = logging.getLogger("ergo_server")
+if TYPE_CHECKING:
+    from ergo_server.telemetry.tracing import Tracing
 
 
-def create_engine(settings: Settings, retry: Callable[[RetryOutcome], None]) -> Engine:
-    """Make the engine that the settings name; ``retry`` is told of each failure that a second attempt may cure."""
+def create_engine(
+    settings: Settings, retry: Callable[[RetryOutcome], None], trace_headers: Callable[[], Mapping[str, str]] = dict
+) -> Engine:
+    """Make the engine that the settings name.
+
+    Args:
+        settings: the configuration.
+        retry: told of each failure that a second attempt may cure.
+        trace_headers: returns the headers by which an engine behind HTTP joins a request's trace.
+    """
     if settings.engine == "vllm":
         from ergo_server.engine.vllm import VllmEngine
 
@@ -58,6 +70,7 @@ def create_engine(settings: Settings, retry: Callable[[RetryOutcome], None]) -> 
             api_key=key.get_secret_value() if key else None,
             session_headers=settings.session_headers,
             retries=RetryBudget(settings.retry_share, settings.retry_burst, retry),
+            trace_headers=trace_headers,
         )
     from ergo_server.engine.embedded import EmbeddedEngine
 
@@ -94,9 +107,11 @@ def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetche
     """
     profile = create_profile(settings)
     keys, limits, gate = _keys(settings), TenantLimits(), _gate(settings)
-    metrics = Metrics(_ROUTES)
+    metrics, tracing = Metrics(_ROUTES), _tracing(settings, engine)
     engine = breaker = Breaker(
-        engine or create_engine(settings, metrics.retry), failures=settings.breaker_failures, seconds=settings.breaker_seconds
+        engine or create_engine(settings, metrics.retry, tracing.headers if tracing else dict),
+        failures=settings.breaker_failures,
+        seconds=settings.breaker_seconds,
     )
     metrics.watch(lambda: breaker.state)
     metrics.watch_admission(lambda: gate.queued, lambda: gate.bytes, gate.max_bytes)
@@ -109,7 +124,8 @@ def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetche
         single=SinglePolicy(profile.prompts),
         session_secret=secret,
         deadlines=Deadlines(settings.turn_seconds, settings.request_seconds),
-        listeners=(metrics.observe, lambda record: _charge(limits, record)),
+        listeners=(metrics.observe, lambda record: _charge(limits, record), exchange.observe),
+        passed=(exchange.observe_passed,),
     )
     work, store = _image_work(settings), _image_store(settings)
     metrics.watch_images(work, store)
@@ -130,7 +146,7 @@ def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetche
         salted=lambda tenant: salt(secret, tenant),
         charge=limits.charge,
     )
-    app = FastAPI(lifespan=_lifespan(service), openapi_url=None)
+    app = FastAPI(lifespan=_lifespan(service, tracing), openapi_url=None, telemetry=_NO_TELEMETRY)
     probes = _probes(engine, metrics, lambda: gate.draining)
     routers = (vqa.router(service), images.router(service), chat.router(service), probes)
     for router in routers:
@@ -140,11 +156,14 @@ def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetche
     errors.install(app, routers)
     app.add_middleware(Admission, keys=keys, limits=limits, gate=gate, metrics=metrics, open_metrics=settings.open_metrics)
     app.add_middleware(LimitBody, refused=metrics.refuse, limits=_body_limits(settings))
-    app.add_middleware(Observe, metrics=metrics)
+    app.add_middleware(Observe, metrics=metrics, tracing=tracing)
     app.state.connection_limits = _connection_limits(settings, metrics)
     app.state.ending = Ending(settings.drain_grace_seconds, settings.drain_seconds, gate.drain)
     return app
 
+
+_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""FastAPI's own, which any provider in the process switches on, tells queries, with the questions in them, and exceptions."""
 
 _ROUTES = (
     "/v1/vqa",
@@ -237,13 +256,29 @@ def _fetcher(settings: Settings, metrics: Metrics) -> Fetcher:
     )
 
 
+def _tracing(settings: Settings, instead: Engine | None) -> Tracing | None:
+    """Return what makes traces, if they are wanted; without, nothing of OpenTelemetry's SDK is imported."""
+    if settings.otlp_endpoint is None:
+        return None
+    from ergo_server.telemetry.tracing import AskedEngine, Tracing
+
+    if instead is not None:
+        engine = AskedEngine(instead.name)
+    elif settings.engine == "vllm":
+        url = urlsplit(settings.engine_url)
+        engine = AskedEngine("vllm", settings.engine_model or "", url.hostname, url.port)
+    else:
+        engine = AskedEngine("embedded", settings.checkpoint or "ergo-mini")
+    return Tracing(settings.otlp_endpoint, settings.trace_share, engine)
+
+
 def _charge(limits: TenantLimits, record: Record) -> None:
     """Charge a tenant what its question has cost."""
     if record.result is not None:
         limits.charge(record.tenant, record.result.visual_tokens.total)
 
 
-def _lifespan(service: Service) -> Any:
+def _lifespan(service: Service, tracing: Tracing | None) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
@@ -251,6 +286,8 @@ def _lifespan(service: Service) -> Any:
         await service.fetcher.aclose()
         await service.engine.aclose()
         service.work.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     return lifespan
 

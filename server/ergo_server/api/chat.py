@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse
 
 from ergo_server.api.chat_schemas import ChatChunk, ChatCompletion, ChatRequest, ModelInfo, ModelList
 from ergo_server.api.errors import envelope, from_validation
-from ergo_server.api.openapi import ASKING, KEYED, RATE_LIMITS, answer, chunks, json_body, operation, path
+from ergo_server.api.openapi import ANSWERED, ASKING, KEYED, answer, chunks, json_body, operation, path
 from ergo_server.api.schemas import TINY_PNG, ErrorEnvelope, RegionInfo, Timings, TurnUsage, UsageInfo, VisualTokensInfo
 from ergo_server.api.service import MODELS, Service
 from ergo_server.api.stream import event_stream, sse, unless_gone
@@ -88,7 +88,7 @@ def router(service: Service) -> APIRouter:
         **operation(
             "create_chat_completion",
             "OpenAI chat completions",
-            answer("the completion, whole or as it comes", ChatCompletion, events=_CHUNKS, headers=RATE_LIMITS),
+            answer("the completion, whole or as it comes", ChatCompletion, events=_CHUNKS, headers=ANSWERED),
             errors=ASKING,
             body=json_body(ChatRequest, image=("a question about an image", {"model": "ergo", "messages": [_MESSAGE]})),
         ),

@@ -64,6 +64,7 @@ class Config(uvicorn.Config):
             app,
             http=Connection,
             ws="none",
+            log_config=None,  # its own writes exceptions with their text; see telemetry/logging.py
             log_level="warning",
             server_header=False,
             access_log=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from ergo_server.errors import ErgoError, MethodNotAllowed, NotFound, RequestError
+from ergo_server.telemetry.logging import places
 
 log = logging.getLogger("ergo_server")
 
@@ -26,7 +26,8 @@ def envelope(error: ErgoError) -> dict[str, Any]:
 
 
 def respond(error: ErgoError, request: Request) -> JSONResponse:
-    """Return the response for an error."""
+    """Return the response for an error, and note it for the request's log line."""
+    request.scope["failure"] = error
     headers = {"x-request-id": str(request.scope.get("request_id", ""))}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
@@ -44,11 +45,11 @@ def from_validation(errors: RequestValidationError | ValidationError) -> Request
 def unforeseen(error: Exception, scope: Scope) -> ErgoError:
     """Log a mistake of ours, and return what the caller is told of it.
 
-    The text of such an exception may quote the request: only its kind and its place are for the log, nothing for the caller.
+    The text of such an exception may quote the request: only its kind and its places are for the log, nothing for the caller.
     """
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{place.filename}:{place.lineno}"
-    log.error("unforeseen %s at %s in request %s", type(error).__name__, where, scope.get("request_id"))
+    kind, found, request_id = type(error).__name__, places(error.__traceback__), scope.get("request_id")
+    told = {"request_id": request_id, "exception": kind, "places": found}
+    log.error("unforeseen %s at %s in request %s", kind, ", ".join(found), request_id, extra={"fields": told})
     return ErgoError("the server made a mistake; the request id names it in its log")
 
 

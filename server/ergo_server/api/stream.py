@@ -67,10 +67,10 @@ async def event_stream(
                 yield write(first)
                 async for event in events:
                     yield write(event)
-            except ErgoError as error:
-                yield failed(error)
             except Exception as error:
-                yield failed(unforeseen(error, request.scope))
+                failure = error if isinstance(error, ErgoError) else unforeseen(error, request.scope)
+                request.scope["failure"] = failure
+                yield failed(failure)
 
     return StreamingResponse(body(), media_type="text/event-stream", headers=HEADERS)
 

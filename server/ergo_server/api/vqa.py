@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import JSONResponse
 
 from ergo_server.api.bodies import read_question
-from ergo_server.api.openapi import ASKING, ESTIMATING, RATE_LIMITS, answer, image_body, named_events, operation, query
+from ergo_server.api.openapi import ANSWERED, ASKING, ESTIMATING, RATE_LIMITS, answer, image_body, named_events, operation, query
 from ergo_server.api.schemas import (
     IMAGE_ID,
     TINY_PNG,
@@ -54,7 +54,7 @@ def router(service: Service) -> APIRouter:
         **operation(
             "ask",
             "Ask about an image",
-            answer("the answer, whole or as it comes", VqaResponse, events=_EVENTS, headers=RATE_LIMITS),
+            answer("the answer, whole or as it comes", VqaResponse, events=_EVENTS, headers=ANSWERED),
             errors=ASKING,
             body=image_body(
                 VqaRequest,

@@ -69,6 +69,8 @@ class Generation:
     """How long it waited in the engine, as the engine reports it; None where it does not."""
     first_token_seconds: float | None = None
     """From its arrival in the engine to its first token, likewise."""
+    model: str = ""
+    """The name under which the engine serves the model; empty where it goes by none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ import contextlib
 import json
 import re
 import secrets
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import httpx2
@@ -71,6 +71,7 @@ class VllmEngine:
         session_headers: names under which the session key is sent, for the routers in use.
         max_connections: most requests in flight; more wait for one to end.
         retries: how many failures before any token may be met with a second attempt; None: a budget with the usual numbers.
+        trace_headers: returns the headers by which a request joins its caller's trace; called once for each, where it is made.
         transport: replaces the network in tests.
     """
 
@@ -85,12 +86,14 @@ class VllmEngine:
         session_headers: tuple[str, ...] = ("x-session-id",),
         max_connections: int = 256,
         retries: RetryBudget | None = None,
+        trace_headers: Callable[[], Mapping[str, str]] = dict,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self._given_model = model
         self._model = model
         self._session_headers = session_headers
         self._retries = retries or RetryBudget()
+        self._trace_headers = trace_headers
         self._client = httpx2.AsyncClient(
             base_url=url.rstrip("/"),
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
@@ -135,6 +138,7 @@ class VllmEngine:
     ) -> AsyncGenerator[Delta | Generation, None]:
         body = await self._body(conversation, sampling, salt)
         headers = {"content-type": "application/json"} | {name: session for name in self._session_headers if session}
+        headers |= self._trace_headers()
         self._retries.earn()
         for last in (False, True):
             try:
@@ -216,6 +220,7 @@ class VllmEngine:
                     _usage(usage),
                     queue_seconds=_seconds(timings.get("queue_time_ms")),
                     first_token_seconds=_seconds(timings.get("time_to_first_token_ms")),
+                    model=self._model or "",
                 )
         except httpx2.TransportError as error:
             failure = _unreachable(error)

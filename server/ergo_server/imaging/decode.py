@@ -52,6 +52,7 @@ for _kind, _blocked in (
 ):
     pyvips.operation_block_set(_kind, _blocked)
 logging.getLogger("pyvips").setLevel(logging.ERROR)  # below, it writes every call, and many lines for each broken file
+logging.getLogger("PIL").setLevel(logging.INFO)  # below, it writes the values of EXIF tags
 
 
 _MODES: dict[int, Literal["L", "RGB", "CMYK"]] = {1: "L", 3: "RGB", 4: "CMYK"}

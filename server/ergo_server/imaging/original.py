@@ -39,6 +39,8 @@ class Original:
         self.source: ImageSource = source
         self.load_seconds = 0.0
         """What decoding it as a whole took; 0 where that was not done."""
+        self.load_started = 0.0
+        """When that began, on the clock of `time.perf_counter`."""
         self._work = work
         self._header: ImageHeader | None = None
         self._views: dict[PixelBudget, View] = {}
@@ -168,7 +170,7 @@ class Original:
         started = time.perf_counter()
         pixels = await self._work.run(partial(decode.load, self.file, header), hold, keep=True, threads=threads)
         self._kept = hold
-        self.load_seconds = time.perf_counter() - started
+        self.load_started, self.load_seconds = started, time.perf_counter() - started
         return pixels
 
 

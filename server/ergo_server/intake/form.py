@@ -6,6 +6,7 @@ python-multipart.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +17,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from ergo_server.errors import RequestError
 
 Texts = dict[str, list[str]]
+
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns, with letters of it, of each form that is broken
 
 
 @dataclass(frozen=True, slots=True)
