@@ -3,6 +3,7 @@
 #   make run            start the server on the embedded default; HOST and PORT choose where (127.0.0.1, 8000)
 #   make test           all checks and tests, real vLLM included where its wheel runs
 #   make observability-test   dashboards, rules and traces alone, against a live server, vLLM and Prometheus
+#   make image-test   the gateway's image alone, built for real and asked in front of vLLM
 #   make attack         what the internet may do to a server, done to it; takes minutes, prints what it measured
 #   make check          types, lint, format
 #   make bench          the gateway's own cost, and the prefix reuse
@@ -19,17 +20,20 @@ RUN ?= runs/ergo-mini
 URL ?= http://$(HOST):$(PORT)
 BIN := .venv/bin
 
-.PHONY: run test observability-test check bench bench-images attack train evaluate clean
+.PHONY: run test observability-test image-test check bench bench-images attack train evaluate clean
 .DELETE_ON_ERROR:
 
 run: .venv/.embedded
 	@$(BIN)/ergo-vqa serve --host $(HOST) --port $(PORT)
 
-test: .venv/.dev .venv-vllm/.tried .cache/.browser .cache/.prometheus check
+test: .venv/.dev .venv-vllm/.tried .cache/.browser .cache/.prometheus .cache/.images .cache/.helm check
 	$(BIN)/python -m pytest
 
 observability-test: .venv/.dev .venv-vllm/.tried .cache/.prometheus
 	$(BIN)/python -m pytest tests/observability tests/api/test_metrics.py tests/api/test_tracing.py tests/api/test_logging.py
+
+image-test: .venv/.dev .venv-vllm/.tried .cache/.images
+	$(BIN)/python -m pytest -s tests/deploy
 
 attack: .venv/.dev .venv-vllm/.tried
 	$(BIN)/python -m pytest -m attack -s tests/attack
@@ -79,3 +83,14 @@ clean:
 .cache/.prometheus: tests/observability/install.sh
 	@tests/observability/install.sh || [ $$? -eq 3 ]
 	@mkdir -p .cache && touch $@
+
+# Likewise for helm's template engine.
+.cache/.helm: tests/helm/install.sh tests/helm/render/main.go
+	@tests/helm/install.sh || [ $$? -eq 3 ]
+	@mkdir -p .cache && touch $@
+
+# Likewise for buildah and a base image.
+.cache/.images: tests/deploy/install.sh
+	@mkdir -p .cache
+	@tests/deploy/install.sh .cache/images || [ $$? -eq 3 ]
+	@touch $@

@@ -33,6 +33,21 @@ NOT_RUN = {
     "make bench-images": "likewise",
     "make train": "hours",
     "make evaluate": "minutes; test_training.py runs what it runs",
+    "helm install eyes helm/ergo-vqa --namespace vision --create-namespace "
+    "--set gateway.image.repository=registry.example/ergo-vqa-gateway": "needs a cluster; tests/helm renders the chart",
+    "helm test eyes --namespace vision --logs": "likewise; tests/helm runs the pod's program",
+    "docker compose build": "needs Docker's engine; tests/deploy builds the image with buildah, and reads the Compose file",
+    "docker compose up --detach": "likewise",
+    "docker compose logs --follow model engine": "likewise",
+    "docker run --rm ergo-vqa-gateway:0.1.0 keys new me >> secrets/api-keys": "likewise",
+    "docker build -f docker/gateway.Dockerfile -t ergo-vqa-gateway .": "likewise",
+    "docker run --rm --read-only --tmpfs /tmp --cap-drop ALL --stop-timeout 35 -p 127.0.0.1:8000:8000 \\\n"
+    "    -e ERGO_ENGINE=vllm -e ERGO_ENGINE_URL=http://my-engine:8001 ergo-vqa-gateway": "likewise",
+    "cp .env.example .env": "belongs to Docker's commands, and would write into the repository",
+    "install -d -m 700 secrets": "likewise",
+    "install -m 644 /dev/null secrets/hf-token": "likewise",
+    "head -c 24 /dev/urandom | base64 > secrets/grafana-password": "likewise",
+    "chmod 644 secrets/*": "likewise",
 }
 """Commands that a reader may give and a test may not, with the reason."""
 

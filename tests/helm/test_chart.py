@@ -1,0 +1,507 @@
+"""The chart: valid for every cluster that it is meant for, and saying what the gateway and vLLM really understand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import asking
+import charts
+import httpx2
+import jsonschema
+import kubernetes_validate
+import pytest
+import queries
+import support
+import yaml
+from charts import CHART, NAMESPACE, RELEASE, SETS, ChartError, Resource, Values, of_kind, one, pods, render
+from support import ROOT, VLLM, why_no_vllm
+
+from ergo_server import __version__
+from ergo_server.settings import Settings
+
+KUBERNETES = ("1.27", "1.37")
+"""Oldest and newest that the resources are checked against."""
+
+CRDS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "crds").glob("*.json")}
+
+every_set = pytest.mark.parametrize("values", SETS.values(), ids=SETS)
+
+
+def refused(values: Values) -> str:
+    """Return why values are refused."""
+    with pytest.raises(ChartError) as caught:
+        render(values)
+    return str(caught.value)
+
+
+def environment(resources: list[Resource]) -> dict[str, str]:
+    """Return the gateway's environment; a stand-in where a Secret has the value."""
+    (container,) = one(resources, "Deployment", "-gateway")["spec"]["template"]["spec"]["containers"]
+    given: dict[str, str] = one(resources, "ConfigMap", "-gateway")["data"]
+    return given | {variable["name"]: "from a Secret" for variable in container["env"]}
+
+
+def arguments(resources: list[Resource]) -> list[str]:
+    """Return vLLM's command line."""
+    (container,) = one(resources, "Deployment", "-engine")["spec"]["template"]["spec"]["containers"]
+    found: list[str] = container["command"] + container["args"]
+    return found
+
+
+# --- Valid ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+@every_set
+def test_kubernetes_understands_every_field(values: Values, version: str) -> None:
+    """Every resource is one of Kubernetes' own and valid by its strict schema, or one of the four others and valid by ours."""
+    for resource in render(values):
+        if resource["kind"] in CRDS:
+            jsonschema.Draft202012Validator(CRDS[resource["kind"]]).validate(resource)
+        else:
+            kubernetes_validate.validate(resource, version, strict=True)
+
+
+def test_a_field_that_there_is_not_is_found() -> None:
+    """The check above sees a misspelt field, in a resource of Kubernetes' and in one of the others."""
+    resources = render(SETS["keda"])
+    deployment, scaled = one(resources, "Deployment", "-gateway"), one(resources, "ScaledObject", "-gateway")
+    deployment["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(deployment, KUBERNETES[-1], strict=True)
+    scaled["spec"]["triggers"][0]["metadata"]["threshold"] = 5
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(CRDS["ScaledObject"]).validate(scaled)
+
+
+@every_set
+def test_resources_find_each_other(values: Values) -> None:
+    """Names are unique by kind; each selector finds one workload, and what is named is there, or values say that it exists."""
+    resources = render(values)
+    names = [(resource["kind"], resource["metadata"]["name"]) for resource in resources]
+    assert len(names) == len(set(names))
+    workloads = of_kind(resources, "Deployment")
+    for resource in of_kind(resources, "Service") + of_kind(resources, "PodDisruptionBudget"):
+        selector = resource["spec"]["selector"]
+        chosen = selector.get("matchLabels", selector)
+        hits = [w for w in workloads if chosen.items() <= w["spec"]["template"]["metadata"]["labels"].items()]
+        assert len(hits) == 1
+    for kind in ("HorizontalPodAutoscaler", "ScaledObject"):
+        for scaler in of_kind(resources, kind):
+            assert ("Deployment", scaler["spec"]["scaleTargetRef"]["name"]) in names
+            assert "replicas" not in one(resources, "Deployment", scaler["metadata"]["name"])["spec"]
+    said = json.dumps(values)
+    for _, pod in pods(resources):
+        for volume in pod["volumes"]:
+            if claim := volume.get("persistentVolumeClaim"):
+                assert ("PersistentVolumeClaim", claim["claimName"]) in names or f'"{claim["claimName"]}"' in said
+        for container in pod["containers"]:
+            mounted = {mount["name"] for mount in container["volumeMounts"]}
+            assert mounted == {volume["name"] for volume in pod["volumes"]}
+            for source in container.get("envFrom", ()):
+                assert ("ConfigMap", source["configMapRef"]["name"]) in names
+            for variable in container.get("env", ()):
+                if secret := variable.get("valueFrom", {}).get("secretKeyRef"):
+                    assert ("Secret", secret["name"]) in names or f'"{secret["name"]}"' in said
+
+
+@every_set
+def test_a_release_of_any_name_is_valid(values: Values) -> None:
+    """A long name of one's own is cut so that every name made from it is one that Kubernetes takes."""
+    for resource in render(charts.over(values, {"fullnameOverride": "n" * 60})):
+        assert len(resource["metadata"]["name"]) <= 63 or resource["kind"] in ("ConfigMap", "PrometheusRule")
+
+
+# --- Values ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_schema_is_what_the_program_writes(tmp_path: Path) -> None:
+    """values.schema.json is, to the byte, what helm/schema.py makes of the comments and of Settings."""
+    subprocess.run([sys.executable, ROOT / "helm" / "schema.py", tmp_path / "out"], check=True)
+    assert (tmp_path / "out").read_text() == (CHART / "values.schema.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"gatway": {}}, "gatway"),
+        ({"gateway": {"replicas": "two"}}, "two"),
+        ({"gateway": {"settings": {"max_queue": 4}}}, "max_queue"),
+        ({"gateway": {"settings": {"max_queued": -1}}}, "-1"),
+        ({"gateway": {"settings": {"api_keys": "secret"}}}, "api_keys"),
+        ({"gateway": {"image": {"digest": "latest"}}}, "latest"),
+        ({"gateway": {"autoscaling": {"kind": "cpu"}}}, "cpu"),
+        ({"engine": {"enabled": False, "external": {"urls": ["http://a", "http://b"]}}}, "urls"),
+    ],
+)
+def test_the_schema_refuses_what_means_nothing(values: Values, word: str) -> None:
+    """A misspelt value, one of a wrong type or out of bounds, and a setting that the gateway lacks, are refused by name."""
+    assert word in refused(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"gateway": {"termination": {"drainSeconds": 137}}}, "gateway.termination"),
+        ({"gateway": {"termination": {"preStopSeconds": 27}}}, "gateway.termination"),
+        ({"engine": {"termination": {"gracePeriodSeconds": 65}}}, "engine.termination"),
+        ({"engine": {"enabled": False}}, "external.urls"),
+        ({"engine": {"external": {"urls": ["http://a"]}}}, "not both"),
+        ({"engine": {"replicas": 2}}, "ReadWriteMany"),
+        ({"gateway": {"autoscaling": {"kind": "keda"}}}, "keda.prometheus"),
+        ({"gateway": {"autoscaling": {"kind": "hpa", "minReplicas": 11}}}, "minReplicas"),
+        ({"gateway": {"apiKeys": {"existingSecret": "keys"}}}, "tests"),
+        (
+            {
+                "gateway": {"apiKeys": {"existingSecret": "k"}},
+                "tests": {"enabled": False},
+                "monitoring": {"serviceMonitor": {"enabled": True}},
+            },
+            "serviceMonitor",
+        ),
+        ({"gateway": {"httpRoute": {"enabled": True}}}, "parentRefs"),
+    ],
+)
+def test_the_templates_refuse_what_cannot_work(values: Values, why: str) -> None:
+    """Values that contradict each other are refused with the names of those that must change."""
+    assert why in refused(values)
+
+
+def test_ends_that_just_fit_are_taken() -> None:
+    """A second less than what is refused above renders: the bound is where it is said to be."""
+    render({"gateway": {"termination": {"drainSeconds": 136}}, "engine": {"termination": {"gracePeriodSeconds": 66}}})
+
+
+@every_set
+def test_pods_have_time_to_end(values: Values) -> None:
+    """Each pod has longer than its program may take: 3 s more than grace and drain, and vLLM's own time-out."""
+    resources = render(values)
+    given = environment(resources)
+    gateway = one(resources, "Deployment", "-gateway")["spec"]["template"]["spec"]
+    drain = float(given["ERGO_DRAIN_GRACE_SECONDS"]) + float(given["ERGO_DRAIN_SECONDS"])
+    assert drain + 3 < gateway["terminationGracePeriodSeconds"]
+    assert float(given["ERGO_DRAIN_SECONDS"]) >= Settings.model_fields["request_seconds"].default
+    for engine in of_kind(resources, "Deployment", "-engine"):
+        pod = engine["spec"]["template"]["spec"]
+        sleep = float(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
+        (timeout,) = [a.partition("=")[2] for a in pod["containers"][0]["args"] if a.startswith("--shutdown-timeout")]
+        assert sleep + float(timeout) < pod["terminationGracePeriodSeconds"]
+
+
+# --- What the gateway and vLLM are told -----------------------------------------------------------------------------------------
+
+
+@every_set
+def test_the_gateway_knows_every_variable(values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every variable that the chart sets is one of Settings', and Settings takes all of them with the values of the chart."""
+    given = environment(render(values))
+    assert set(given) <= {f"ERGO_{name.upper()}" for name in Settings.model_fields}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings()
+    assert (settings.host, settings.port, settings.engine) == ("0.0.0.0", 8000, "vllm")
+    for name, value in values.get("gateway", {}).get("settings", {}).items():
+        told = getattr(settings, name)
+        assert (list(told) if isinstance(told, tuple) else told) == value
+
+
+def test_large_numbers_keep_their_digits() -> None:
+    """A setting of more than seven digits reaches the gateway as an integer, not in helm's 1.34217728e+08."""
+    given = environment(render(SETS["external"]))
+    assert (given["ERGO_MAX_BODY_BYTES"], given["ERGO_MAX_BYTES_IN_FLIGHT"]) == ("134217728", "1073741824")
+
+
+def test_no_secret_is_in_a_config_map() -> None:
+    """No setting whose type is secret may be given as a value; each comes from a Secret."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    settable = schema["properties"]["gateway"]["properties"]["settings"]["properties"]
+    secret = {name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation)}
+    assert secret == {"api_keys", "engine_api_key", "session_secret"}
+    assert not secret & set(settable)
+
+
+def test_the_gateway_finds_its_engine() -> None:
+    """The URL is the engine's Service, or the external one; its port and the model's name are those of the engine."""
+    resources = render(SETS["defaults"])
+    given, service = environment(resources), one(resources, "Service", "-engine")
+    port = service["spec"]["ports"][0]["port"]
+    assert given["ERGO_ENGINE_URL"] == f"http://{service['metadata']['name']}:{port}"
+    assert f"--port={port}" in arguments(resources)
+    assert given["ERGO_ENGINE_MODEL"] == arguments(resources)[2]
+    given = environment(render(SETS["external"]))
+    assert (given["ERGO_ENGINE_URL"], given["ERGO_ENGINE_MODEL"]) == ("https://vllm.models.example:8443", "ergo")
+
+
+def test_a_change_of_settings_restarts_the_gateway() -> None:
+    """Pods are annotated with a sum over the ConfigMap: another setting, another sum; nothing else changes it."""
+    sums = [
+        one(render(values), "Deployment", "-gateway")["spec"]["template"]["metadata"]["annotations"]["checksum/config"]
+        for values in ({}, {"gateway": {"replicas": 5}}, {"gateway": {"settings": {"max_queued": 5}}})
+    ]
+    assert sums[0] == sums[1] != sums[2]
+
+
+@pytest.mark.vllm
+def test_vllm_knows_every_flag() -> None:
+    """Every flag that the chart gives is one of the real vLLM's."""
+    if reason := why_no_vllm():
+        pytest.skip(reason)
+    told = subprocess.run([VLLM, "serve", "--help=all"], capture_output=True, text=True, check=True, cwd="/").stdout
+    for values in (SETS["defaults"], SETS["gpu-pool"]):
+        flags = {argument.partition("=")[0] for argument in arguments(render(values)) if argument.startswith("--")}
+        assert len(flags) > 12
+        assert not [flag for flag in flags if not re.search(rf"^\s+(--\S+(, | ))*?{flag}\b", told, re.MULTILINE)]
+
+
+def test_gpus_are_asked_for_and_used() -> None:
+    """The pod's limit is what the values say, beside its memory; the model is split over more than one."""
+    engine = one(render(SETS["gpu-pool"]), "Deployment", "-engine")["spec"]["template"]["spec"]
+    (container,) = engine["containers"]
+    assert container["resources"]["limits"] == {"memory": "48Gi", "nvidia.com/gpu": 2}
+    assert "--tensor-parallel-size=2" in container["args"]
+    assert "--gpu-memory-utilization=0.85" in container["args"]
+    assert (engine["nodeSelector"], engine["runtimeClassName"]) == ({"pool": "gpu"}, "nvidia")
+
+
+# --- Walls ----------------------------------------------------------------------------------------------------------------------
+
+
+@every_set
+def test_no_container_may_more_than_it_must(values: Values) -> None:
+    """Every container runs as a user without rights, on a read-only root, with bounded memory and no token of the cluster."""
+    found = 0
+    for _, pod in pods(render(values)):
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] == 10001
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in (*pod["containers"], *pod.get("initContainers", ())):
+            found += 1
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert "/tmp" in [mount["mountPath"] for mount in container["volumeMounts"]]
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+            assert "memory" in container["resources"]["limits"]
+    assert found >= 2
+
+
+def policy(resources: list[Resource], name: str) -> Any:
+    """Return the specification of a network policy."""
+    return one(resources, "NetworkPolicy", name)["spec"]
+
+
+@every_set
+def test_every_pod_that_serves_has_a_policy(values: Values) -> None:
+    """Each Deployment's pods are chosen by one policy, which limits both directions."""
+    resources = render(values)
+    chosen = [spec["podSelector"]["matchLabels"] for spec in (p["spec"] for p in of_kind(resources, "NetworkPolicy"))]
+    for workload in of_kind(resources, "Deployment"):
+        labels = workload["spec"]["template"]["metadata"]["labels"]
+        assert len([labels_ for labels_ in chosen if labels_.items() <= labels.items()]) == 1
+    for found in of_kind(resources, "NetworkPolicy"):
+        assert found["spec"]["policyTypes"] == ["Ingress", "Egress"]
+
+
+def test_the_engine_has_no_way_out() -> None:
+    """Without the download the engine may reach nothing, with it public addresses only; gateways and Prometheus reach it."""
+    closed = policy(render(SETS["air-gapped"]), "-engine")
+    assert closed["egress"] == []
+    (rule,) = closed["ingress"]
+    sources = [peer.get("podSelector", peer.get("namespaceSelector"))["matchLabels"] for peer in rule["from"]]
+    assert [list(labels.values())[-1] for labels in sources] == ["gateway", "monitoring"]
+    _, out = policy(render(SETS["defaults"]), "-engine")["egress"]
+    assert {"10.0.0.0/8", "169.254.0.0/16"} <= set(out["to"][0]["ipBlock"]["except"])
+    assert out["ports"] == [{"protocol": "TCP", "port": 443}]
+
+
+def test_the_gateway_reaches_what_it_needs() -> None:
+    """Its way out is DNS and the engine, at the port of its URL; the internet only where remote images are on."""
+    _, engine = policy(render(SETS["defaults"]), "-gateway")["egress"]
+    assert engine["to"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "engine"
+    _, engine, images = policy(render(SETS["external"]), "-gateway")["egress"]
+    assert engine == {"to": [{"ipBlock": {"cidr": "203.0.113.7/32"}}], "ports": [{"protocol": "TCP", "port": 8443}]}
+    assert images["to"][0]["ipBlock"]["cidr"] == "0.0.0.0/0"
+    for url, port in (("http://router", 80), ("https://router/base", 443)):
+        _, engine = policy(render({"engine": {"enabled": False, "external": {"urls": [url]}}}), "-gateway")["egress"]
+        assert (engine["ports"][0]["port"], engine["to"][0]["ipBlock"]["except"]) == (port, ["169.254.0.0/16"])
+
+
+def test_without_a_way_out_every_image_is_from_within() -> None:
+    """With a registry of one's own, every image is by digest from there, and nothing is downloaded."""
+    for _, pod in pods(render(SETS["air-gapped"])):
+        assert "initContainers" not in pod
+        for container in pod["containers"]:
+            assert re.fullmatch(r"registry\.internal:5000/[a-z/-]+@sha256:[0-9a-f]{64}", container["image"])
+
+
+def test_a_pinned_image_is_never_the_latest() -> None:
+    """By default each image has the tag of a version, the gateway's that of this source."""
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == __version__
+    images = {container["image"] for _, pod in pods(render({})) for container in pod["containers"]}
+    assert {image.partition(":")[0]: image.partition(":")[2] for image in images} == {
+        "ergo-vqa-gateway": __version__,
+        "vllm/vllm-openai": "v0.32.0",
+    }
+
+
+# --- What watches, and what scales ----------------------------------------------------------------------------------------------
+
+
+def test_dashboards_are_those_of_the_repository() -> None:
+    """Each ConfigMap holds one dashboard, to the byte, and none is left out."""
+    found: dict[str, str] = {}
+    for resource in of_kind(render(SETS["keda"]), "ConfigMap"):
+        if "grafana_dashboard" in resource["metadata"]["labels"]:
+            assert resource["metadata"]["annotations"] == {"grafana_folder": "ergo-vqa"}
+            found |= resource["data"]
+    assert found == {path.name: path.read_text() for path in queries.DASHBOARDS}
+
+
+def test_rules_are_those_of_the_repository() -> None:
+    """The PrometheusRules have the groups of observability's files, but for the runbook's address, which one can open."""
+    rendered = [group for rule in of_kind(render(SETS["keda"]), "PrometheusRule") for group in rule["spec"]["groups"]]
+    source = [group for path in sorted(queries.RULES) for group in yaml.safe_load(path.read_text())["groups"]]
+    base = "https://git.example/ergo-vqa/blob/main/"
+    urls = 0
+    for group in source:
+        for rule in group["rules"]:
+            if "runbook_url" in rule.get("annotations", {}):
+                rule["annotations"]["runbook_url"] = base + rule["annotations"]["runbook_url"]
+                urls += 1
+    assert rendered == source
+    assert urls > 10
+
+
+def test_the_chart_reads_the_only_copy() -> None:
+    """What the chart has of observability are links to it, which helm follows when it packs a chart."""
+    for name, source in (("dashboards", "grafana/dashboards"), ("rules", "prometheus/rules")):
+        link = CHART / "files" / name
+        assert link.is_symlink()
+        assert link.resolve() == ROOT / "observability" / source
+
+
+def test_alerts_know_the_gateway_by_its_job() -> None:
+    """The monitors name the jobs that rules and prometheus.yml name, however the release is called."""
+    monitors = of_kind(render(charts.over(SETS["keda"], {"nameOverride": "eyes"})), "ServiceMonitor")
+    jobs = {
+        relabeling["replacement"]
+        for monitor in monitors
+        for relabeling in monitor["spec"]["endpoints"][0]["relabelings"]
+        if relabeling["targetLabel"] == "job"
+    }
+    scraped = yaml.safe_load((ROOT / "observability/prometheus/prometheus.yml").read_text())["scrape_configs"]
+    assert jobs == {config["job_name"] for config in scraped}
+    assert 'job="ergo-vqa"' in (ROOT / "observability/prometheus/rules/alerts.yml").read_text()
+    for monitor in monitors:
+        chosen = monitor["spec"]["selector"]["matchLabels"]
+        (service,) = [
+            s
+            for s in of_kind(render(charts.over(SETS["keda"], {"nameOverride": "eyes"})), "Service")
+            if chosen.items() <= s["metadata"]["labels"].items()
+        ]
+        assert monitor["spec"]["endpoints"][0]["port"] in [port["name"] for port in service["spec"]["ports"]]
+
+
+def triggers() -> list[tuple[str, str]]:
+    """Return (name of the ScaledObject, query) of every trigger."""
+    return [
+        (scaled["metadata"]["name"], trigger["metadata"]["query"])
+        for scaled in of_kind(render(SETS["keda"]), "ScaledObject")
+        for trigger in scaled["spec"]["triggers"]
+    ]
+
+
+def test_scalers_ask_for_what_the_gateway_tells() -> None:
+    """Every metric of a scaler is one of the gateway's, or of vLLM's, and a gauge; promtool parses the query."""
+    exposition = asking.client().get("/metrics").text
+    gauges = set(re.findall(r"^# TYPE (\S+) gauge$", exposition, re.MULTILINE))
+    named = [selector for _, query in triggers() for selector in queries.selectors(query)]
+    ours = {selector.metric for selector in named if selector.metric.startswith("ergo_")}
+    assert ours == {"ergo_requests_queued", "ergo_requests_in_flight"} & gauges
+    assert {selector.metric for selector in named} - ours == {"vllm:num_requests_waiting"}
+
+
+@pytest.mark.vllm
+def test_scalers_ask_for_what_vllm_tells(vllm: str) -> None:
+    """The metric by which engines are scaled is on /metrics of the real vLLM."""
+    text = httpx2.get(f"{vllm}/metrics", trust_env=False, timeout=60).text
+    assert "# TYPE vllm:num_requests_waiting gauge" in text
+
+
+def test_promtool_reads_the_queries_of_scalers(tmp_path: Path) -> None:
+    """promtool parses the query of each trigger."""
+    rules = [{"record": f"query:{number}", "expr": query} for number, (_, query) in enumerate(triggers())]
+    path = tmp_path / "rules.yml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
+    assert f"{len(rules)} rules found" in queries.promtool("check", "rules", path)
+    assert len(rules) == 3
+
+
+def test_scalers_see_their_own_release_only() -> None:
+    """Every selector names the namespace and the Service, by the labels that the operator gives to what it scrapes."""
+    resources = render(SETS["keda"])
+    services = {service["metadata"]["name"] for service in of_kind(resources, "Service")}
+    for _, query in triggers():
+        for selector in queries.selectors(query):
+            asked = {label: value for label, _, value in selector.matchers}
+            assert asked["namespace"] == NAMESPACE
+            assert asked["service"] in services
+            assert ("engine" in asked["service"]) == selector.metric.startswith("vllm:")
+
+
+# --- `helm test` ----------------------------------------------------------------------------------------------------------------
+
+
+def program(values: Values) -> tuple[str, str, dict[str, Any]]:
+    """Return program, URL and container of the test's pod."""
+    (container,) = one(render(values), "Pod")["spec"]["containers"]
+    assert container["command"] == ["python", "-c"]
+    source, url = container["args"]
+    return source, url, container
+
+
+def test_the_tests_pod_may_ask() -> None:
+    """The pod asks the gateway's Service, is let in by its policy, and shows a key where one is needed."""
+    resources = render({})
+    source, url, container = program({})
+    service = one(resources, "Service", "-gateway")
+    assert url == f"http://{RELEASE}-ergo-vqa-gateway:80"
+    assert service["metadata"]["name"] in url
+    labels = one(resources, "Pod")["metadata"]["labels"]
+    peers = itertools.chain(*(rule["from"] for rule in policy(resources, "-gateway")["ingress"]))
+    assert any(peer["podSelector"]["matchLabels"].items() <= labels.items() for peer in peers if "podSelector" in peer)
+    assert source.strip() == (CHART / "files" / "ask.py").read_text().strip()
+    assert "env" not in container
+    _, _, container = program(SETS["external"])
+    assert container["env"][0]["valueFrom"]["secretKeyRef"] == {"name": "tester", "key": "api-key"}
+
+
+def ask(source: str, url: str) -> subprocess.CompletedProcess[str]:
+    """Do what the pod does."""
+    return subprocess.run([sys.executable, "-W", "error", "-c", source, url], capture_output=True, text=True, check=False)
+
+
+def test_the_tests_pod_is_content_with_what_works(real: str) -> None:
+    """The pod's program, as rendered, asks a real server and finds a box, tokens, and reuse."""
+    done = ask(program({})[0], real)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"reused [1-9]", done.stdout)
+
+
+def test_the_tests_pod_finds_what_does_not_work() -> None:
+    """A gateway whose engine reuses nothing, counts nothing and writes no box fails the test, each by its name."""
+    with support.gateway(asking.scripted(zoom="no idea")) as url:
+        done = ask(program({})[0], url)
+    assert done.returncode == 1
+    for fault in ("no box", "prefix cache"):
+        assert fault in done.stderr
