@@ -123,7 +123,7 @@ def test_the_engine_serves_what_was_fetched() -> None:
 
 
 def test_the_engine_takes_what_the_gateway_sends() -> None:
-    """The engine's queue holds what the gateway works on, and a prompt as many images as the gateway lets through, and the crop."""
+    """The engine's queue holds what the gateway works on, and a prompt the images that the gateway lets through, and the crop."""
     flags = dict(flag.split("=", 1) for flag in engine_flags() if "=" in flag)
     assert int(flags["--max-num-queued-reqs"]) >= Settings().max_concurrent
     assert json.loads(flags["--limit-mm-per-prompt"]) == {"image": Settings().max_images + 1, "video": 0}
