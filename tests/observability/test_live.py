@@ -44,7 +44,8 @@ class Live:
 
     def filled(self, query: Query) -> str:
         """Put values in the place of Grafana's variables."""
-        return query.filled(rate=RATE, over=f"{round(self.ended - self.started)}s")
+        # From before the load: what is counted before a range's first sample is not in its increase.
+        return query.filled(rate=RATE, over=f"{math.ceil(self.ended - self.started) + SCRAPE_SECONDS}s")
 
 
 RENDER = runpy.run_path(str(ROOT / "observability" / "render.py"))
