@@ -15,7 +15,6 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from ergo_server.api.app import create_app
 from ergo_server.engine.base import Engine, Sampling
 from ergo_server.engine.scripted import ScriptedEngine
 from ergo_server.errors import EngineError
@@ -36,7 +35,7 @@ def scripted(zoom: str | EngineError = ZOOM, answer: str | EngineError = ANSWER,
 
 def client(engine: Engine | None = None, **given: object) -> TestClient:
     """Return a client of a server in this process; it raises what the server does not catch."""
-    return TestClient(create_app(support.mini_settings(**given), engine or scripted()))
+    return TestClient(support.app(engine or scripted(), **given))
 
 
 @functools.cache

@@ -35,15 +35,8 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of real vLLM that serves ergo-mini on the CPU."""
     if reason := support.why_no_vllm():
         pytest.skip(reason)
-    port, log = support.free_port(), tmp_path_factory.mktemp("vllm") / "log"
-    process = support.start_vllm(port, log)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        support.wait_until(lambda: support.answers(f"{url}/health") or process.poll() is not None, "vLLM has started")
-        assert process.poll() is None, log.read_text()[-4000:]
+    with support.vllm(tmp_path_factory.mktemp("vllm") / "log") as url:
         yield url
-    finally:
-        support.stop(process)
 
 
 @pytest.fixture(scope="session")

@@ -217,6 +217,20 @@ def start_vllm(port: int, log: Path, *more: str) -> subprocess.Popen[bytes]:
     return process
 
 
+@contextlib.contextmanager
+def vllm(log: Path, *more: str) -> Iterator[str]:
+    """Serve ergo-mini with real vLLM on a free port, with further flags; yields its URL once it answers."""
+    port = free_port()
+    process = start_vllm(port, log, *more)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: answers(f"{url}/health") or process.poll() is not None, "vLLM has started")
+        assert process.poll() is None, log.read_text()[-4000:]
+        yield url
+    finally:
+        stop(process)
+
+
 def metric(url: str, *words: str) -> float:
     """Return a metric: the sum of the series whose line holds all words."""
     lines = httpx2.get(f"{url}/metrics", trust_env=False, timeout=START_SECONDS).text.splitlines()

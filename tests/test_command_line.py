@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -12,12 +13,12 @@ from pathlib import Path
 import httpx2
 import support
 from PIL import Image
+from shell import run
 
 from ergo_server.protocol.prompts import load_profile
 
-
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "ergo_server", *arguments], capture_output=True, text=True, check=False)
+_run = functools.partial(run, "")
+"""None of these asks a server."""
 
 
 def test_scene_writes_a_picture_and_says_what_is_in_it(tmp_path: Path) -> None:

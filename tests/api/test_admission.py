@@ -21,7 +21,6 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from ergo_server.api.admission import Gate
-from ergo_server.api.app import create_app
 from ergo_server.api.limits import Refused
 from ergo_server.engine.scripted import ScriptedEngine
 from ergo_server.errors import EngineFailed
@@ -495,7 +494,7 @@ def test_who_hangs_up_gives_all_back(stream: bool) -> None:
 def test_drain_lets_the_old_finish_and_refuses_the_new() -> None:
     """From then on readiness is false and new questions are refused; who runs, waits or sends is answered."""
     engine = endless()
-    app = create_app(support.mini_settings(max_concurrent=1, max_queued=5, queue_seconds=PATIENCE), engine)
+    app = support.app(engine, max_concurrent=1, max_queued=5, queue_seconds=PATIENCE)
     with support.served(app) as url:
         meter = Meter.of(url)
         with holding(url, engine) as first, Caller(url, question()) as second, contextlib.ExitStack() as callers:

@@ -26,7 +26,6 @@ from collector import Collector, collecting
 from PIL import Image, PngImagePlugin
 from starlette.responses import StreamingResponse
 
-from ergo_server.api.app import create_app
 from ergo_server.api.openapi import kinds
 from ergo_server.engine.base import Delta, Engine, Generation, Sampling
 from ergo_server.engine.scripted import ScriptedEngine
@@ -379,7 +378,7 @@ def test_a_response_that_breaks_off_tells_no_secret(ear: Ear, capfd: pytest.Capt
         yield "begun"
         raise RuntimeError(secret("text"))
 
-    app = create_app(support.mini_settings(), scripted())
+    app = support.app(scripted())
     app.add_api_route("/broken", lambda: StreamingResponse(broken()))
     with support.served(app) as url, pytest.raises(httpx2.RemoteProtocolError):
         httpx2.get(f"{url}/broken", trust_env=False)

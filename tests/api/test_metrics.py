@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from typing import Any
 from urllib.parse import quote
 
 import asking
@@ -103,8 +104,16 @@ def test_http_requests_are_counted_by_route() -> None:
     assert meter("ergo_requests_in_flight") == 0
 
 
-class Miscounting(ScriptedEngine):
-    """An engine that counts otherwise: 100 prompt tokens, 50 of them cached, 7 visual ones."""
+class Reporting(ScriptedEngine):
+    """An engine that says something of its own about each generation.
+
+    Args:
+        said: fields of `Generation`.
+    """
+
+    def __init__(self, **said: Any) -> None:
+        super().__init__(scripted().script)
+        self.said = said
 
     async def generate(
         self,
@@ -115,14 +124,14 @@ class Miscounting(ScriptedEngine):
         salt: str = "",
         deadline: float | None = None,
     ) -> AsyncGenerator[Delta | Generation, None]:
-        """Replay one reply, miscounted."""
+        """Replay one reply, and say that of it."""
         async for piece in super().generate(conversation, sampling, session=session, salt=salt, deadline=deadline):
-            yield replace(piece, usage=Usage(100, 9, 50, 7)) if isinstance(piece, Generation) else piece
+            yield replace(piece, **self.said) if isinstance(piece, Generation) else piece
 
 
 def test_a_mismatch_with_the_formula_is_counted() -> None:
     """An engine that counts other visual tokens than the formula is noticed, and its count is what is reported."""
-    http = client(Miscounting(scripted().script))
+    http = client(Reporting(usage=Usage(100, 9, 50, 7)))
     tokens = vqa(http).json()["visual_tokens"]
     meter = Meter.of(http)
     assert (tokens["overview"], tokens["source"]) == (7, "engine")
@@ -194,26 +203,9 @@ def test_refused_images_are_counted_by_their_code() -> None:
     assert meter("ergo_image_rejections_total") == 3
 
 
-class Timed(ScriptedEngine):
-    """An engine that reports its own times."""
-
-    async def generate(
-        self,
-        conversation: Conversation,
-        sampling: Sampling,
-        *,
-        session: str = "",
-        salt: str = "",
-        deadline: float | None = None,
-    ) -> AsyncGenerator[Delta | Generation, None]:
-        """Replay one reply, and say how long it took."""
-        async for piece in super().generate(conversation, sampling, session=session, salt=salt, deadline=deadline):
-            yield replace(piece, queue_seconds=0.25, first_token_seconds=0.5) if isinstance(piece, Generation) else piece
-
-
 def test_the_engines_own_times_are_shown() -> None:
     """What an engine reports of its queue and its first token is observed by turn; an engine that says nothing adds nothing."""
-    for engine, count in ((Timed(scripted().script), 1), (scripted(), 0)):
+    for engine, count in ((Reporting(queue_seconds=0.25, first_token_seconds=0.5), 1), (scripted(), 0)):
         http = client(engine)
         vqa(http)
         meter = Meter.of(http)

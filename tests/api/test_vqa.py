@@ -521,7 +521,7 @@ def test_a_scene_is_read(real: str) -> None:
 def test_a_stream_without_zoom_from_an_absent_engine_has_its_status() -> None:
     """An engine that is not there is a 503 for a stream too, even where the region is known without asking it."""
     url = f"http://127.0.0.1:{support.free_port()}"
-    client = TestClient(create_app(support.mini_settings(engine="vllm", engine_url=url)))
+    client = TestClient(support.app(engine="vllm", engine_url=url))
     form = {"question": "?", "stream": "true", "zoom": "never"}
     response = client.post("/v1/vqa", data=form, files={"image": support.encode(support.held_out(0))})
     assert response.status_code == 503

@@ -124,16 +124,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of vLLM with ergo-mini and the flags of the Compose file, but for its address and what a small machine cannot give."""
     if reason := support.why_no_vllm():
         pytest.skip(reason)
-    port, log = support.free_port(), tmp_path_factory.mktemp("engine") / "log"
     ours = ("--host=", "--port=", "--served-model-name=", "--gpu-memory-utilization=", "--max-model-len=")
-    process = support.start_vllm(port, log, *(flag for flag in engine_flags() if not flag.startswith(ours)))
-    try:
-        url = f"http://127.0.0.1:{port}"
-        support.wait_until(lambda: support.answers(f"{url}/health") or process.poll() is not None, "vLLM has started")
-        assert process.poll() is None, log.read_text()[-4000:]
+    flags = (flag for flag in engine_flags() if not flag.startswith(ours))
+    with support.vllm(tmp_path_factory.mktemp("engine") / "log", *flags) as url:
         yield url
-    finally:
-        support.stop(process)
 
 
 @dataclass(frozen=True, slots=True)

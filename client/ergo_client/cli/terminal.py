@@ -24,9 +24,12 @@ REPORT_SECONDS = 30.0
 
 def styled(text: str, style: str, stream: TextIO) -> str:
     """Return the text in a style where ``stream`` is a terminal that shows it; https://no-color.org is honoured."""
-    if not stream.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
-        return text
-    return f"\x1b[{style}m{text}\x1b[0m"
+    return f"\x1b[{style}m{text}\x1b[0m" if _draws(stream) and "NO_COLOR" not in os.environ else text
+
+
+def _draws(stream: TextIO) -> bool:
+    """Say whether it is a terminal that can do more than write one line after the other."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def note(name: str, text: str) -> None:
@@ -62,7 +65,7 @@ class ProgressBar:
         self._total = total
         self._skipped = skipped
         self._stream = sys.stderr
-        self._redraws = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._redraws = _draws(self._stream)
         self._every = REDRAW_SECONDS if self._redraws else REPORT_SECONDS
         self._quiet = quiet
         self._started = time.monotonic()
