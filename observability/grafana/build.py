@@ -925,9 +925,9 @@ def full(used: str, limit: str) -> str:
 
 
 def state(name: str) -> str:
-    """Return by gateway whether its breaker is in a state, 0 or 1."""
+    """Return by gateway and engine whether the breaker is in a state, 0 or 1."""
     selector = select("ergo_circuit_breaker_state", f'state="{name}"')
-    return f"max by (instance) ({selector})"
+    return f"max by (instance, engine) ({selector})"
 
 
 def reliability() -> Json:
@@ -1074,8 +1074,9 @@ def reliability() -> Json:
     board.shelf(
         states(
             "Ready",
-            "What the last readiness check saw, by gateway. Good: ready throughout; it is not, while a checkpoint is loaded.",
-            [(f"max by (instance) ({select('ergo_engine_ready')})", "{{instance}}")],
+            "What the last readiness check saw, by gateway and engine. Good: ready throughout; it is not, while a checkpoint is "
+            "loaded. Of several engines one that is not is asked last.",
+            [(f"max by (instance, engine) ({select('ergo_engine_ready')})", "{{instance}} {{engine}}")],
             [("not ready", RED), ("ready", GREEN)],
         ),
         states(
@@ -1085,11 +1086,13 @@ def reliability() -> Json:
             [
                 (
                     f"2 * {state('open')} + {state('half_open')}",
-                    "{{instance}}",
+                    "{{instance}} {{engine}}",
                 )
             ],
             [("closed", GREEN), ("half open", YELLOW), ("open", RED)],
         ),
+    )
+    board.shelf(
         lines(
             "Turns by outcome",
             "Exchanges with the engine a second. Good: ok; cancelled are callers who left.",
@@ -1102,6 +1105,14 @@ def reliability() -> Json:
             "Requests a second that the engine failed before any token: sent again, or not for want of budget. Good: none; "
             "budget_exhausted means an outage.",
             [(rate("ergo_engine_retries_total", by="outcome"), "{{outcome}}")],
+            "reqps",
+            stack="normal",
+        ),
+        lines(
+            "Turns taken over",
+            "Turns a second that another of several engines was asked for, by what was wrong with the one before. Good: none; "
+            "0 throughout with one engine.",
+            [(rate("ergo_engine_failovers_total", by="reason"), "{{reason}}")],
             "reqps",
             stack="normal",
         ),

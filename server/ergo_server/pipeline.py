@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
+import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ergo_server.engine.base import Delta, Engine, Generation, Sampling
-from ergo_server.errors import EngineTimeout, ErgoError
+from ergo_server.errors import EngineFailed, EngineTimeout, ErgoError
 from ergo_server.imaging.geometry import Box, PixelBudget, Size, baseline_visual_tokens
 from ergo_server.imaging.header import ImageHeader
 from ergo_server.imaging.original import ImageSource, Original
@@ -29,6 +31,7 @@ from ergo_server.protocol.conversation import Conversation, Message, Role
 from ergo_server.protocol.replies import AnswerReader, Piece
 
 ZoomMode = Literal["auto", "always", "never"]
+SessionScope = Literal["image", "request"]
 ZoomOutcome = Literal["zoomed", "clamped", "no_box", "invalid_box", "skipped"]
 TurnName = Literal["zoom", "answer", "single"]
 Stage = Literal["receive", "decode", "overview", "zoom_turn", "crop", "answer_turn"]
@@ -250,6 +253,8 @@ class Pipeline:
         policy: how the model is spoken to.
         single: how it is spoken to without zoom.
         session_secret: keys the session header, so that it tells nobody what the image was.
+        session_scope: what has one session: all that a tenant asks about an image, or each question, which spreads those about
+            an image that everybody asks about.
         deadlines: bounds in seconds.
         listeners: told of every request when it ends.
         passed: told of every turn that was passed through, when it ends.
@@ -259,6 +264,7 @@ class Pipeline:
     policy: Policy
     single: Policy
     session_secret: bytes = b""
+    session_scope: SessionScope = "image"
     deadlines: Deadlines = Deadlines()
     listeners: Sequence[Listener] = ()
     passed: Sequence[CallListener] = ()
@@ -270,7 +276,7 @@ class Pipeline:
             ImageError: the image cannot be used.
             EngineError: the engine did not do its part, or a deadline passed.
         """
-        return await self._run(task, lambda event: None)
+        return await self._run(task, None)
 
     async def stream(self, task: Task) -> AsyncGenerator[Event, None]:
         """Answer a question and tell what happens on the way; the last event is `Done`. Raises as `answer`.
@@ -290,12 +296,15 @@ class Pipeline:
             if not work.cancelled():
                 work.exception()  # was raised above, if anybody wanted it; raising it again would lose its traceback
 
-    def session(self, view: View) -> str:
-        """Return the key by which routers send all that is asked about one image to the replica that holds its cache."""
-        return hmac.digest(self.session_secret, view.data, "sha256").hex()
+    def session(self, view: View, tenant: str) -> str:
+        """Return the key by which all that a tenant asks about one image reaches the engine that holds its cache."""
+        if self.session_scope == "request":
+            return secrets.token_hex(32)
+        image = hashlib.sha256(view.data).digest()
+        return hmac.digest(self.session_secret, tenant.encode() + image, "sha256").hex()
 
     async def converse(
-        self, conversation: Conversation, sampling: Sampling, *, salt: str = ""
+        self, conversation: Conversation, sampling: Sampling, *, tenant: str = "", salt: str = ""
     ) -> AsyncGenerator[Delta | Generation, None]:
         """Pass one turn through to the engine, within the turn's deadline.
 
@@ -304,7 +313,7 @@ class Pipeline:
         """
         deadline = asyncio.get_running_loop().time() + self.deadlines.turn
         first = next(conversation.views, None)
-        session = self.session(first) if first is not None else ""
+        session = self.session(first, tenant) if first is not None else ""
         pieces = self.engine.generate(conversation, sampling, session=session, salt=salt, deadline=deadline)
         started = time.perf_counter()
         generation, error = None, None
@@ -322,7 +331,7 @@ class Pipeline:
             for listener in self.passed:
                 listener(call)
 
-    async def _run(self, task: Task, emit: Callable[[Event], None]) -> Result:
+    async def _run(self, task: Task, emit: Callable[[Event], None] | None) -> Result:
         run = _Run(self, task, emit)
         started = time.perf_counter()
         result, error = None, None
@@ -360,7 +369,7 @@ class Pipeline:
 class _Run:
     """One request on its way. What it has seen and said so far lives here."""
 
-    def __init__(self, pipeline: Pipeline, task: Task, emit: Callable[[Event], None]) -> None:
+    def __init__(self, pipeline: Pipeline, task: Task, emit: Callable[[Event], None] | None) -> None:
         self.pipeline = pipeline
         self.task = task
         self._emit = emit
@@ -387,7 +396,8 @@ class _Run:
         """Tell what has happened."""
         if self.first_token_seconds is None and isinstance(event, AnswerDelta) and event.text:
             self.first_token_seconds = time.perf_counter() - self._started
-        self._emit(event)
+        if self._emit is not None:
+            self._emit(event)
 
     async def answer(self) -> Result:
         task = self.task
@@ -396,7 +406,7 @@ class _Run:
         if skipped:
             self.policy = self.pipeline.single
         overview = await self._look()
-        self.session = self.pipeline.session(overview)
+        self.session = self.pipeline.session(overview, task.tenant)
         self._known.append(OverviewMade(overview))
         if not skipped:
             await task.image.prepare()
@@ -500,6 +510,8 @@ class _Run:
                     if isinstance(piece, Generation):
                         generation = piece
                     elif reader is not None:
+                        if piece.anew:
+                            reader = self._begin_anew(reader)
                         reader.feed(piece)
         except BaseException as failure:
             error = _code(failure)
@@ -520,6 +532,17 @@ class _Run:
             self.emit(ReasoningDelta(action.reasoning))
             self.emit(AnswerDelta(action.text))
         return action
+
+    def _begin_anew(self, reader: _VisibleAnswer) -> _VisibleAnswer:
+        """Return a reader for a reply that another engine began anew in other words.
+
+        Raises:
+            EngineFailed: the caller was told some of the former.
+        """
+        if self._emit is not None and reader.told:
+            raise EngineFailed("the engine broke while it was answering, and another gave another answer")
+        self.first_token_seconds = None
+        return _VisibleAnswer(self.emit, self.task.max_tokens)
 
     # --- the end --------------------------------------------------------------------------------------------------------
 
@@ -574,6 +597,8 @@ class _VisibleAnswer:
 
     def __init__(self, emit: Callable[[Event], None], max_tokens: int | None) -> None:
         self.cut_short = False
+        self.told = False
+        """Whether anything was passed on."""
         self.tokens = 0
         self._emit = emit
         self._left = max_tokens
@@ -594,6 +619,7 @@ class _VisibleAnswer:
 
     def _pass_on(self, pieces: Sequence[Piece], tokens: int, *, divisible: bool = False) -> None:
         for piece in pieces:
+            self.told = True
             if piece.kind == "reasoning":
                 self._emit(ReasoningDelta(piece.text))
                 continue

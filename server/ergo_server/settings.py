@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ergo_server.engine.breaker import FAILURES, OPEN_SECONDS
+from ergo_server.engine.replicas import CHECK_SECONDS
 from ergo_server.engine.retries import BURST, SHARE
 from ergo_server.imaging.geometry import MAX_VISUAL_TOKENS, MIN_VISUAL_TOKENS
 from ergo_server.imaging.header import MAX_PIXELS, Limits
@@ -16,7 +18,7 @@ from ergo_server.imaging.work import ARRIVALS_SHARE, DECODE_SECONDS, MEMORY_BYTE
 from ergo_server.intake import store
 from ergo_server.intake.body import RequestLimits
 from ergo_server.intake.fetch import FetchLimits, FetchMode
-from ergo_server.pipeline import Deadlines
+from ergo_server.pipeline import Deadlines, SessionScope
 from ergo_server.telemetry.logging import Format, Level
 
 
@@ -60,9 +62,19 @@ class Settings(BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="embedded: where the model runs")
     threads: int = Field(default=0, ge=0, description="embedded: CPU threads of the model; 0 leaves torch's choice")
-    engine_url: str = Field(default="http://127.0.0.1:8001", description="vllm: base URL, without /v1")
+    engine_url: str = Field(
+        default="http://127.0.0.1:8001",
+        description="vllm: base URL, without /v1; several, with commas between, are used as one: each image has its engine, "
+        "and the others stand in for it",
+    )
+    engine_check_seconds: float = Field(
+        default=CHECK_SECONDS,
+        gt=0,
+        description="vllm, several: seconds between two health checks of each; one that fails two is asked last",
+    )
     engine_model: str | None = Field(default=None, description="vllm: served model name; unset takes the first that it lists")
     engine_api_key: SecretStr | None = Field(default=None, description="vllm: bearer token, if it wants one")
+    engine_api_key_file: Path | None = Field(default=None, description="file with that token, instead; read at start")
     session_headers: tuple[str, ...] = Field(
         default=("x-session-id", "x-smg-routing-key"),
         description="vllm: header names that carry the session key, for routers in front of several replicas (JSON list)",
@@ -71,6 +83,12 @@ class Settings(BaseSettings):
         default=None,
         description="keys the session header and the tenants' cache salts; unset draws one at start. Give replicas of the "
         "gateway the same, or they share no cache",
+    )
+    session_secret_file: Path | None = Field(default=None, description="file with that secret, instead; read at start")
+    session_scope: SessionScope = Field(
+        default="image",
+        description="what goes to one engine for its cache: all that a tenant asks about an image (`image`), or only the turns "
+        "of one question (`request`), for pictures that everybody asks about",
     )
 
     breaker_failures: int = Field(
@@ -240,6 +258,28 @@ class Settings(BaseSettings):
     image_store_tenant_bytes: int = Field(
         default=store.TENANT_BYTES, ge=0, description="bytes of one tenant's uploaded images; a quarter, so that none can fill it"
     )
+
+    @property
+    def engine_urls(self) -> tuple[str, ...]:
+        """The base URLs of all engines."""
+        return tuple(url.strip().rstrip("/") for url in self.engine_url.split(","))
+
+    @model_validator(mode="after")
+    def _engines_are_addresses(self) -> Settings:
+        for url in self.engine_urls:
+            found = urlsplit(url)
+            if found.scheme not in ("http", "https") or not found.hostname:
+                raise ValueError("engine_url must be http:// or https:// and a host, or several of these with commas between")
+        if len({urlsplit(url).netloc for url in self.engine_urls}) < len(self.engine_urls):
+            raise ValueError("engine_url names an engine twice")
+        return self
+
+    @model_validator(mode="after")
+    def _one_of_secret_and_file(self) -> Settings:
+        for name in ("engine_api_key", "session_secret"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
+                raise ValueError(f"{name} and {name}_file are both given")
+        return self
 
     @model_validator(mode="after")
     def _largest_body_fits(self) -> Settings:

@@ -145,12 +145,13 @@ def test_every_series_is_there_from_the_start() -> None:
     meter = Meter.of(http)
     before = meter.all()
     told = ("_limit_bytes", "_limit", "_info")
-    assert math.isnan(before.pop(("ergo_engine_ready", ())))
+    ready = ("ergo_engine_ready", (("engine", "scripted"),))
+    assert math.isnan(before.pop(ready))
     some = {key: value for key, value in before.items() if value and key[0].startswith("ergo_") and not key[0].endswith(told)}
-    assert some == {("ergo_circuit_breaker_state", (("state", "closed"),)): 1}
+    assert some == {("ergo_circuit_breaker_state", (("engine", "scripted"), ("state", "closed"))): 1}
     use(http)
     after = meter.all()
-    assert after.keys() == before.keys() | {("ergo_engine_ready", ())}
+    assert after.keys() == before.keys() | {ready}
     assert after["ergo_requests_total", (("outcome", "ok"), ("policy", "ergo"))] > 0
 
 

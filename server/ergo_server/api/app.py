@@ -9,11 +9,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import fields
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, FastAPI
 from fastapi.telemetry import TelemetryConfig
+from pydantic import SecretStr
 from starlette.responses import JSONResponse, Response
 
 from ergo_server import __version__
@@ -30,6 +33,7 @@ from ergo_server.api.schemas import Health, Readiness, ServerVersion
 from ergo_server.api.service import Service
 from ergo_server.engine.base import Engine
 from ergo_server.engine.breaker import Breaker
+from ergo_server.engine.replicas import Replicas
 from ergo_server.engine.retries import RetryBudget, RetryOutcome
 from ergo_server.imaging.header import Limits as ImageLimits
 from ergo_server.imaging.work import ImageWork
@@ -50,34 +54,40 @@ if TYPE_CHECKING:
     from ergo_server.telemetry.tracing import Tracing
 
 
-def create_engine(
+def create_engines(
     settings: Settings, retry: Callable[[RetryOutcome], None], trace_headers: Callable[[], Mapping[str, str]] = dict
-) -> Engine:
-    """Make the engine that the settings name.
+) -> dict[str, Engine]:
+    """Make the engines that the settings name, by what metrics and logs call them: their addresses, or ``embedded``.
 
     Args:
         settings: the configuration.
         retry: told of each failure that a second attempt may cure.
         trace_headers: returns the headers by which an engine behind HTTP joins a request's trace.
+
+    Raises:
+        OSError: the file with the API key cannot be read.
     """
     if settings.engine == "vllm":
         from ergo_server.engine.vllm import VllmEngine
 
-        key = settings.engine_api_key
-        return VllmEngine(
-            settings.engine_url,
-            model=settings.engine_model,
-            api_key=key.get_secret_value() if key else None,
-            session_headers=settings.session_headers,
-            retries=RetryBudget(settings.retry_share, settings.retry_burst, retry),
-            trace_headers=trace_headers,
-        )
+        key = _secret(settings.engine_api_key, settings.engine_api_key_file)
+        return {
+            urlsplit(url).netloc.rpartition("@")[2]: VllmEngine(
+                url,
+                model=settings.engine_model,
+                api_key=key,
+                session_headers=settings.session_headers,
+                retries=RetryBudget(settings.retry_share, settings.retry_burst, retry),
+                trace_headers=trace_headers,
+            )
+            for url in settings.engine_urls
+        }
     from ergo_server.engine.embedded import EmbeddedEngine
 
     if settings.checkpoint:
-        return EmbeddedEngine(settings.checkpoint, device=settings.device, threads=settings.threads)
+        return {"embedded": EmbeddedEngine(settings.checkpoint, device=settings.device, threads=settings.threads)}
     # ergo-mini's matrices are too small to be shared out: two threads on a busy machine take many times as long as one.
-    return EmbeddedEngine(_ergo_mini("checkpoint"), device=settings.device, threads=settings.threads or 1)
+    return {"embedded": EmbeddedEngine(_ergo_mini("checkpoint"), device=settings.device, threads=settings.threads or 1)}
 
 
 def create_profile(settings: Settings) -> ModelProfile:
@@ -104,18 +114,16 @@ def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetche
     Raises:
         KeysError: the API keys cannot be used.
         PromptsError: the prompts cannot be used.
+        OSError: the file of a secret cannot be read.
     """
     profile = create_profile(settings)
     keys, limits, gate = _keys(settings), TenantLimits(), _gate(settings)
     metrics, tracing = Metrics(_ROUTES), _tracing(settings, engine)
-    engine = breaker = Breaker(
-        engine or create_engine(settings, metrics.retry, tracing.headers if tracing else dict),
-        failures=settings.breaker_failures,
-        seconds=settings.breaker_seconds,
-    )
-    metrics.watch(lambda: breaker.state)
+    engines = {engine.name: engine} if engine else create_engines(settings, metrics.retry, tracing.headers if tracing else dict)
+    engine = _guarded(engines, settings, metrics)
     metrics.watch_admission(lambda: gate.queued, lambda: gate.bytes, gate.max_bytes)
-    secret = settings.session_secret.get_secret_value().encode() if settings.session_secret else secrets.token_bytes(32)
+    given_secret = _secret(settings.session_secret, settings.session_secret_file)
+    secret = given_secret.encode() if given_secret else secrets.token_bytes(32)
     largest = settings.max_visual_tokens or profile.max_visual_tokens
     default = settings.default_visual_tokens or min(profile.default_visual_tokens, largest)
     pipeline = Pipeline(
@@ -123,6 +131,7 @@ def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetche
         policy=ErgoPolicy(profile.prompts),
         single=SinglePolicy(profile.prompts),
         session_secret=secret,
+        session_scope=settings.session_scope,
         deadlines=Deadlines(settings.turn_seconds, settings.request_seconds),
         listeners=(metrics.observe, lambda record: _charge(limits, record), exchange.observe),
         passed=(exchange.observe_passed,),
@@ -182,6 +191,32 @@ def _ergo_mini(name: str) -> Any:
     import ergo_mini
 
     return ergo_mini.FOLDER / name
+
+
+def _guarded(engines: Mapping[str, Engine], settings: Settings, metrics: Metrics) -> Engine:
+    """Return the engines, each behind a circuit breaker, as one."""
+    breakers = {
+        name: Breaker(
+            engine,
+            failures=settings.breaker_failures,
+            seconds=settings.breaker_seconds,
+            told=partial(metrics.ready, name),
+            called="the engine" if len(engines) == 1 else f"engine {name}",
+        )
+        for name, engine in engines.items()
+    }
+    for name, breaker in breakers.items():
+        metrics.watch(name, lambda breaker=breaker: breaker.state)  # type: ignore[misc]
+    if len(breakers) == 1:
+        return next(iter(breakers.values()))
+    return Replicas(breakers, seconds=settings.engine_check_seconds, told=metrics.failover)
+
+
+def _secret(given: SecretStr | None, file: Path | None) -> str | None:
+    """Return a secret from its setting or its file."""
+    if file is not None:
+        return file.read_text(encoding="utf-8").strip()
+    return given.get_secret_value() if given else None
 
 
 def _keys(settings: Settings) -> Keys:
@@ -265,8 +300,9 @@ def _tracing(settings: Settings, instead: Engine | None) -> Tracing | None:
     if instead is not None:
         engine = AskedEngine(instead.name)
     elif settings.engine == "vllm":
-        url = urlsplit(settings.engine_url)
-        engine = AskedEngine("vllm", settings.engine_model or "", url.hostname, url.port)
+        urls = settings.engine_urls
+        alone = urlsplit(urls[0]).netloc.rpartition("@")[2] if len(urls) == 1 else ""
+        engine = AskedEngine("vllm", settings.engine_model or "", alone)
     else:
         engine = AskedEngine("embedded", settings.checkpoint or "ergo-mini")
     return Tracing(settings.otlp_endpoint, settings.trace_share, engine)
@@ -313,7 +349,6 @@ def _probes(engine: Engine, metrics: Metrics, draining: Callable[[], bool]) -> A
             stopping = Readiness(status="draining", engine=engine.name, detail="the server is stopping")
             return JSONResponse(stopping.model_dump(), status_code=503)
         status = await engine.status()
-        metrics.ready(status.ready)
         shown = Readiness(status="ready" if status.ready else "waiting", engine=engine.name, detail=status.detail)
         return JSONResponse(shown.model_dump(), status_code=200 if status.ready else 503)
 

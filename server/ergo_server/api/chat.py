@@ -30,7 +30,7 @@ from ergo_server.api.schemas import TINY_PNG, ErrorEnvelope, RegionInfo, Timings
 from ergo_server.api.service import MODELS, Service
 from ergo_server.api.stream import event_stream, sse, unless_gone
 from ergo_server.engine.base import Delta, Generation, Sampling, Usage
-from ergo_server.errors import ErgoError, NotFound, RequestError, UnknownModel
+from ergo_server.errors import EngineFailed, ErgoError, NotFound, RequestError, UnknownModel
 from ergo_server.imaging.geometry import PixelBudget, smart_resize
 from ergo_server.imaging.original import Original
 from ergo_server.imaging.view import View
@@ -381,9 +381,9 @@ async def _raw(request: Request, service: Service, chat: ChatRequest, conversati
     """One turn on the engine, its reply as it is."""
     limit = min(chat.limit or TURN_TOKENS, 8 * TURN_TOKENS)
     sampling = Sampling(limit, chat.temperature or 0.0, chat.top_p or 1.0, chat.seed, chat.stops)
-    pieces = service.zooming.converse(conversation, sampling, salt=service.salt(request))
-    chunks = _new_chunks(chat)
     tenant = service.tenant(request).name
+    pieces = service.zooming.converse(conversation, sampling, tenant=tenant, salt=service.salt(request))
+    chunks = _new_chunks(chat)
 
     def charge(usage: Usage) -> None:
         """Here, as no pipeline tells of what goes past it."""
@@ -396,6 +396,8 @@ async def _raw(request: Request, service: Service, chat: ChatRequest, conversati
             async with contextlib.aclosing(pieces):
                 async for piece in pieces:
                     if isinstance(piece, Delta):
+                        if piece.anew:
+                            raise EngineFailed("the engine broke while it was answering, and another gave another answer")
                         yield chunks.delta({"content": piece.text})
                     else:
                         charge(piece.usage)

@@ -1,7 +1,8 @@
 """The engine: anything that continues a conversation. One method is enough.
 
 What every engine guarantees (tests/engine/test_contract.py holds all three to it, and the circuit breaker):
-    * `Engine.generate` yields the reply as text deltas and then exactly one `Generation`, whose text is all deltas joined.
+    * `Engine.generate` yields the reply as text deltas and then exactly one `Generation`, whose text is all deltas joined, from
+      the last one on that says ``anew``.
     * Generation ends after one of ``sampling.stop``, which stays in the text; at ``sampling.max_tokens``; or where the model
       ends it.
     * The same conversation and greedy sampling give the same text.
@@ -56,6 +57,8 @@ class Delta:
     text: str
     tokens: int = 1
     """How many tokens it was made of."""
+    anew: bool = False
+    """The reply begins anew with this, all deltas before are void: the engine broke, and another writes other words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,8 @@ class Generation:
     """From its arrival in the engine to its first token, likewise."""
     model: str = ""
     """The name under which the engine serves the model; empty where it goes by none."""
+    server: str = ""
+    """Host and port of the server that wrote it; empty where that is this process."""
 
 
 @dataclass(frozen=True, slots=True)

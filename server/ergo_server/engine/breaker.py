@@ -51,6 +51,8 @@ class Breaker:
         failures: how many in a row, with no whole reply among them, open the breaker.
         seconds: how long it stays open.
         clock: returns seconds.
+        told: told whenever it is asked whether the engine is ready, what it said.
+        called: the engine in the log.
     """
 
     def __init__(
@@ -60,8 +62,12 @@ class Breaker:
         failures: int = FAILURES,
         seconds: float = OPEN_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        told: Callable[[bool], None] = lambda ready: None,
+        called: str = "the engine",
     ) -> None:
         self.engine = engine
+        self._told = told
+        self._called = called
         self.name = engine.name
         self._most = failures
         self._seconds = seconds
@@ -135,6 +141,11 @@ class Breaker:
         A health check that failed while the breaker was open and succeeds now ends its time: the engine was gone and came back.
         One that never failed does not: an engine that hangs may well answer it.
         """
+        status = await self._status()
+        self._told(status.ready)
+        return status
+
+    async def _status(self) -> EngineStatus:
         status = await self.engine.status()
         if self.state == "closed":
             return status
@@ -175,11 +186,11 @@ class Breaker:
             self._opens = self._clock() + self._seconds
             self._probing = self._was_gone = False
             self._era += 1
-            log.warning("the engine failed %d times in a row and is left alone for %g s", self._failed, self._seconds)
+            log.warning("%s failed %d times in a row and is left alone for %g s", self._called, self._failed, self._seconds)
 
     def _close(self) -> None:
         if self._opens is not None:
             self._opens = None
             self._probing = False
             self._failed = 0
-            log.warning("the engine answers again")
+            log.warning("%s answers again", self._called)

@@ -26,6 +26,7 @@ import re
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -94,6 +95,7 @@ class VllmEngine:
         self._session_headers = session_headers
         self._retries = retries or RetryBudget()
         self._trace_headers = trace_headers
+        self._server = urlsplit(url).netloc.rpartition("@")[2]
         self._client = httpx2.AsyncClient(
             base_url=url.rstrip("/"),
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
@@ -221,6 +223,7 @@ class VllmEngine:
                     queue_seconds=_seconds(timings.get("queue_time_ms")),
                     first_token_seconds=_seconds(timings.get("time_to_first_token_ms")),
                     model=self._model or "",
+                    server=self._server,
                 )
         except httpx2.TransportError as error:
             failure = _unreachable(error)

@@ -27,6 +27,7 @@ from prometheus_client import (
 
 from ergo_server import __version__, errors
 from ergo_server.engine.breaker import State
+from ergo_server.engine.replicas import FAILOVER_REASONS, FailoverReason
 from ergo_server.engine.retries import RetryOutcome
 from ergo_server.imaging.original import ImageSource
 from ergo_server.imaging.work import ImageWork
@@ -202,12 +203,21 @@ class Metrics:
             buckets=HIT_RATIOS,
         )
         self.engine_ready = Gauge(
-            "ergo_engine_ready", "Whether the engine could be asked when readiness was last looked at; NaN before.", registry=new
+            "ergo_engine_ready",
+            "Whether an engine could be asked when readiness was last looked at; NaN before.",
+            ("engine",),
+            registry=new,
         )
         self.breaker = Gauge(
             "ergo_circuit_breaker_state",
-            "1 at the state of the engine's circuit breaker, 0 at the others.",
-            ("state",),
+            "1 at the state of an engine's circuit breaker, 0 at the others.",
+            ("engine", "state"),
+            registry=new,
+        )
+        self.failovers = Counter(
+            "ergo_engine_failovers",
+            "Turns that another engine was asked for, by what was wrong with the one before.",
+            ("reason",),
             registry=new,
         )
         self.retries = Counter(
@@ -253,7 +263,6 @@ class Metrics:
             ("outcome",),
             registry=new,
         )
-        self.engine_ready.set(math.nan)  # 0 would be an alert about a server that nobody probes
         self.build = Gauge("ergo_build_info", "1, with the server's and Python's version.", ("version", "python"), registry=new)
         self.config = Gauge(
             "ergo_config_info",
@@ -299,9 +308,13 @@ class Metrics:
         """Show what the server was started with."""
         self.config.labels(engine, str(default_visual_tokens), str(max_visual_tokens)).set(1)
 
-    def ready(self, ready: bool) -> None:
-        """Show whether the engine could be asked when readiness was looked at last."""
-        self.engine_ready.set(ready)
+    def ready(self, engine: str, ready: bool) -> None:
+        """Show whether an engine could be asked when readiness was looked at last."""
+        self.engine_ready.labels(engine).set(ready)
+
+    def failover(self, reason: FailoverReason) -> None:
+        """Count a turn that another engine was asked for."""
+        self.failovers.labels(reason).inc()
 
     def refuse_connection(self, reason: Refusal) -> None:
         """Count a connection that was turned away or cut off."""
@@ -324,10 +337,16 @@ class Metrics:
             if seconds is not None:
                 histogram.labels(call.turn).observe(seconds)
 
-    def watch(self, state: Callable[[], State]) -> None:
-        """Show the circuit breaker's state, which is asked for whenever the metrics are: open becomes half open by itself."""
+    def watch(self, engine: str, state: Callable[[], State]) -> None:
+        """Show an engine: its circuit breaker's state is asked for whenever the metrics are, as open becomes half open by itself.
+
+        Args:
+            engine: as the operator configured it; the only label whose values are not listed here.
+            state: returns the state.
+        """
+        self.engine_ready.labels(engine).set(math.nan)  # 0 would be an alert about a server that nobody probes
         for name in get_args(State):
-            self.breaker.labels(name).set_function(partial(_is, state, name))
+            self.breaker.labels(engine, name).set_function(partial(_is, state, name))
 
     def watch_admission(self, queued: Callable[[], float], body_bytes: Callable[[], float], limit: int) -> None:
         """Show who waits, and what bodies hold, as they are whenever the metrics are asked for.
@@ -439,8 +458,8 @@ class Metrics:
                 self.engine_requests.labels(turn, outcome)
             for cached in ("true", "false"):
                 self.prompt_tokens.labels(turn, cached)
-        for state in get_args(State):
-            self.breaker.labels(state)
+        for failover in FAILOVER_REASONS:
+            self.failovers.labels(failover)
         for retry in get_args(RetryOutcome):
             self.retries.labels(retry)
         for reason in get_args(Rejection):

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -63,9 +64,8 @@ class AskedEngine:
     name: str
     model: str = ""
     """As configured; empty where the engine's first is taken."""
-    address: str | None = None
-    """None: it runs in this process."""
-    port: int | None = None
+    server: str = ""
+    """Its host and port; empty: it runs in this process, or is one of several."""
 
 
 @dataclass(slots=True)
@@ -167,12 +167,13 @@ class Tracing:
 
     def _turn(self, trace: _Trace, within: Context, exchange: Exchange, call: EngineCall) -> None:
         ended = call.started + call.seconds
-        self._ids.next = next((drawn for at, drawn in trace.drawn if call.started <= at <= ended), None)
+        # Of several engines asked for a turn, the last has answered.
+        self._ids.next = next((drawn for at, drawn in reversed(trace.drawn) if call.started <= at <= ended), None)
         attributes = _turn_attributes(self._engine, call)
         span = self._tracer.start_span(
             f"chat {attributes.get('gen_ai.request.model', '')}".rstrip(),
             within,
-            SpanKind.INTERNAL if self._engine.address is None else SpanKind.CLIENT,
+            SpanKind.CLIENT if self._engine.name == "vllm" else SpanKind.INTERNAL,
             attributes,
             start_time=_at(exchange, call.started),
         )
@@ -275,13 +276,14 @@ def _question(record: Record) -> Attributes:
 
 def _turn_attributes(engine: AskedEngine, call: EngineCall) -> Attributes:
     generation = call.generation
+    server = urlsplit("//" + ((generation.server if generation else "") or engine.server))
     found: dict[str, AttributeValue | None] = {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": engine.name,
         "gen_ai.output.type": "text",
         "gen_ai.request.model": (generation.model if generation else "") or engine.model or None,
-        "server.address": engine.address,
-        "server.port": engine.port,
+        "server.address": server.hostname,
+        "server.port": server.port,
         "ergo.turn": call.turn,
         "ergo.stage": "zoom_turn" if call.turn == "zoom" else "answer_turn",
     }
