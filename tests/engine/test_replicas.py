@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 import support
-from asking import ANSWER, ZOOM, data_url, events, picture
+from asking import ANSWER, ZOOM, chunks, data_url, events, picture
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -369,3 +369,25 @@ def test_a_stream_never_tells_two_stories() -> None:
     response = ask_of(zooming(("<think>no</think><answer>ni", "ne"), EngineFailed("broke")), stream=True)
     name, data = events(response.text)[-1]
     assert (name, data["error"]["code"]) == ("error", "engine_failed")
+
+
+def raw(before: str, after: str, **more: Any) -> httpx2.Response:
+    """Pass a conversation through to engines of which the first breaks after some words."""
+    first, second = Told((before,), EngineFailed("broke")), Told((after,))
+    engine = Replicas({"a:1": first, "b:1": second}, seconds=0.01)
+    with support.gateway(engine) as url:
+        body: dict[str, Any] = {"model": "ergo-raw", "messages": [{"role": "user", "content": "How many?"}], **more}
+        for _ in range(20):  # without an image there is no session, and any engine is asked
+            response = httpx2.post(f"{url}/v1/chat/completions", json=body, trust_env=False, timeout=60)
+            if first.asked:
+                return response
+    raise AssertionError("the first was never asked")
+
+
+def test_what_is_passed_through_is_taken_over_too() -> None:
+    """A conversation that is passed through gets one engine's words: whole, and streamed unless it was told others before."""
+    assert raw("six", "seven").json()["choices"][0]["message"]["content"] == "seven"
+    streamed = chunks(raw("sev", "seven", stream=True).text)
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in streamed if chunk["choices"]) == "seven"
+    name, data = events(raw("six", "seven", stream=True).text)[-2]
+    assert (name, data["error"]["code"]) == ("", "engine_failed")
