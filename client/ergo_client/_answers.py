@@ -174,6 +174,16 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class Rewards:
+    """Those of the paper's rewards that need no right answer, 0 or 1; None where there was no zoom turn to judge."""
+
+    box: float | None
+    """1 where the region covers at most 0.6 of the image."""
+    format: float | None
+    """1 where both replies are of the right tags, each once and in order."""
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """An answer, and how it was found."""
 
@@ -194,6 +204,8 @@ class Answer:
     """With ``include=["reasoning"]``."""
     replies: tuple[str, ...] | None
     """What the model wrote, turn by turn, with ``include=["replies"]``."""
+    rewards: Rewards | None
+    """What the paper's training would have given, with ``include=["rewards"]``."""
     model: str
     id: str
     request_id: str

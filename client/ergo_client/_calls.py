@@ -16,7 +16,7 @@ from ergo_client._images import UPLOAD_ID, ImageLike, Sent, sent
 T = TypeVar("T")
 
 Zoom = Literal["auto", "always", "never"]
-Include = Literal["overview", "crop", "reasoning", "replies"]
+Include = Literal["overview", "crop", "reasoning", "replies", "rewards"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Question:
     zoom: Zoom = "auto"
     """``auto`` leaves the zoom turn out where the image fits the budget at full resolution."""
     include: Sequence[Include] = ()
-    """What else to send back: ``overview`` and ``crop`` (their pixels), ``reasoning``, ``replies``."""
+    """What else to send back: ``overview`` and ``crop`` (their pixels), ``reasoning``, ``replies``, ``rewards``."""
     timeout: float | None = None
     """Seconds for this question from the moment that it is worked on; None takes the client's."""
 

@@ -526,3 +526,25 @@ def test_a_stream_without_zoom_from_an_absent_engine_has_its_status() -> None:
     response = client.post("/v1/vqa", data=form, files={"image": support.encode(support.held_out(0))})
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "engine_unavailable"
+
+
+@pytest.mark.parametrize(
+    ("zoom", "answer", "wanted"),
+    [
+        (asking.ZOOM, ANSWER, {"box": 1, "format": 1}),
+        ("<think>all</think><zoom>[0, 0, 168, 168]</zoom>", ANSWER, {"box": 0, "format": 1}),
+        ("I see it.", ANSWER, {"box": 0, "format": 0}),
+        (asking.ZOOM, "seven", {"box": 1, "format": 0}),
+    ],
+)
+def test_the_rewards_that_need_no_right_answer(zoom: str, answer: str, wanted: dict[str, float]) -> None:
+    """With include=rewards an answer says what its region and its tags would have earned, streamed or not."""
+    http = client(scripted(zoom=zoom, answer=answer))
+    assert vqa(http, include=["rewards"]).json()["rewards"] == wanted
+    assert events(vqa(http, include=["rewards"], stream=True).text)[-1][1]["rewards"] == wanted
+    assert "rewards" not in vqa(http).json()
+
+
+def test_without_a_zoom_turn_there_is_nothing_to_reward() -> None:
+    """Where the zoom turn was left out, both are null."""
+    assert vqa(client(), include=["rewards"], zoom="never").json()["rewards"] == {"box": None, "format": None}

@@ -49,7 +49,7 @@ def client(embedded: str, request: pytest.FixtureRequest) -> Iterator[Any]:
 def answer(embedded: str) -> Answer:
     """An answer with everything that can be included."""
     with Client(embedded) as connected:
-        return connected.ask(PHOTO, SCENE.question, include=["overview", "crop", "reasoning", "replies"])
+        return connected.ask(PHOTO, SCENE.question, include=["overview", "crop", "reasoning", "replies", "rewards"])
 
 
 def test_the_client_reads_the_code(real: str) -> None:
@@ -85,7 +85,7 @@ def test_every_field_of_the_response_is_in_the_answer(answer: Answer) -> None:
     """Nothing of the wire form is lost on the way: each of its fields is an attribute, nested ones included."""
     raw = answer.raw
     assert set(raw) - {"object", "created", "answer", "regions"} <= {field.name for field in dataclasses.fields(answer)}
-    for name in ("image", "visual_tokens", "timings"):
+    for name in ("image", "visual_tokens", "timings", "rewards"):
         assert dataclasses.asdict(getattr(answer, name)) == raw[name]
     region = dataclasses.asdict(answer.region) | {"crop": raw["regions"][0]["crop"]}
     assert {name: list(v) if isinstance(v, tuple) else v for name, v in region.items()} == raw["regions"][0]

@@ -15,6 +15,7 @@ from ergo_server.imaging.header import MAGIC, ImageHeader
 from ergo_server.imaging.view import View
 from ergo_server.intake.body import RequestLimits
 from ergo_server.pipeline import RegionReport, Result, Turn, VisualTokens
+from ergo_server.protocol.rewards import box_reward, format_reward
 
 FORMATS = (*dict.fromkeys(name for _, name in MAGIC), "webp")
 
@@ -86,7 +87,7 @@ class VqaFields(Form):
         examples=["auto"],
     )
     stream: bool = Field(default=False, description="answer with server-sent events", examples=[False])
-    include: list[Literal["overview", "crop", "reasoning", "replies"]] = Field(
+    include: list[Literal["overview", "crop", "reasoning", "replies", "rewards"]] = Field(
         default=[], description="what else to send back", examples=[["crop", "reasoning"]]
     )
 
@@ -417,10 +418,27 @@ class Timings(Shown):
         return cls(total_ms=round(1000 * total, 3), **shown)
 
 
+class RewardsInfo(Shown):
+    """What the paper's training would have given, 0 or 1 each; null where there was no zoom turn to judge."""
+
+    box: float | None = Field(ge=0, le=1, description="1 where the region covers at most 0.6 of the image's pixels, else 0", examples=[1.0])
+    format: float | None = Field(
+        ge=0, le=1, description="1 where both replies are of the right tags, each once and in order", examples=[1.0]
+    )
+
+    @classmethod
+    def of(cls, result: Result) -> RewardsInfo:
+        """Judge a result."""
+        if result.region.outcome == "skipped":
+            return cls(box=None, format=None)
+        first, *_, last = (turn.generation.text for turn in result.turns)
+        return cls(box=box_reward(result.region.box, result.header.size), format=format_reward(first, last))
+
+
 class VqaResponse(Shown):
     """The answer, and how it was found."""
 
-    model_config = ConfigDict(json_schema_extra=only_if_asked("reasoning", "replies", "overview"))
+    model_config = ConfigDict(json_schema_extra=only_if_asked("reasoning", "replies", "rewards", "overview"))
 
     id: str = Field(description="of the answer", examples=[f"vqa-{REQUEST_ID}"])
     object: Literal["vqa"] = Field(default="vqa", description="what this is")
@@ -438,6 +456,9 @@ class VqaResponse(Shown):
         default=None,
         description="what the model wrote, turn by turn; with include=replies",
         examples=[["<think>It is at the left.</think><zoom>[6, 34, 36, 64]</zoom>", "<answer>434</answer>"]],
+    )
+    rewards: RewardsInfo | None = Field(
+        default=None, description="those of the paper's rewards that need no right answer; with include=rewards"
     )
     overview: ViewInfo | None = Field(default=None, description="the whole image as the model saw it; with include=overview")
     image: ImageInfo = Field(description="the image as it was understood")
@@ -459,6 +480,7 @@ class VqaResponse(Shown):
             reasoning=result.answer.reasoning if "reasoning" in include else None,
             overview=ViewInfo.of(result.overview, data=True) if "overview" in include else None,
             replies=[turn.generation.text for turn in result.turns] if "replies" in include else None,
+            rewards=RewardsInfo.of(result) if "rewards" in include else None,
             image=ImageInfo.of(result.header),
             regions=[RegionInfo.of(result.region, result.header, crop="crop" in include)],
             visual_tokens=VisualTokensInfo.of(result.visual_tokens),
@@ -539,7 +561,10 @@ class ServerVersion(Shown):
     version: str = Field(description="of ergo-vqa", examples=["0.1.0"])
 
 
+_IF_ASKED = ("overview", "reasoning", "replies", "rewards")
+
+
 def dump(model: BaseModel) -> dict[str, Any]:
     """Return the JSON form, without what was not asked for."""
     data = model.model_dump(mode="json")
-    return {key: value for key, value in data.items() if not (key in ("overview", "reasoning", "replies") and value is None)}
+    return {key: value for key, value in data.items() if not (key in _IF_ASKED and value is None)}
