@@ -25,7 +25,10 @@ OF_THE_CHART = {
     "engine_url",
     "engine_model",
     "engine_api_key",
+    "engine_api_key_file",
     "session_secret",
+    "session_secret_file",
+    "prompts",
     "api_keys",
     "api_keys_file",
     "drain_grace_seconds",
@@ -35,9 +38,6 @@ OF_THE_CHART = {
 
 EMBEDDED = {"checkpoint", "device", "threads"}
 """Settings of an engine that the chart does not run."""
-
-FILES = {"prompts"}
-"""Settings that name a file, which the gateway's image does not have."""
 
 Schema = dict[str, Any]
 
@@ -58,7 +58,7 @@ def settings() -> Schema:
     """Return types and bounds of the gateway's settings that may be given as values; docs/configuration.md has their words."""
     found = {}
     for name, about in Settings.model_json_schema()["properties"].items():
-        if name not in OF_THE_CHART | EMBEDDED | FILES:
+        if name not in OF_THE_CHART | EMBEDDED:
             found[name] = {key: value for key, value in about.items() if key not in ("title", "default", "description")}
     return found
 

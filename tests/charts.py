@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -17,11 +18,14 @@ import yaml
 from support import ROOT
 
 CHART = ROOT / "helm" / "ergo-vqa"
+RECIPES = ROOT / "helm" / "recipes"
 RENDERER = ROOT / ".cache" / "helm-render"
-SETS = {"defaults": {}} | {
-    path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "tests/helm/values").glob("*.yaml"))
-}
-"""Values of several clusters."""
+SETS = (
+    {"defaults": {}}
+    | {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "tests/helm/values").glob("*.yaml"))}
+    | {path.parent.name: yaml.safe_load(path.read_text()) for path in sorted(RECIPES.glob("*/ergo-vqa.yaml"))}
+)
+"""Values of several clusters, those of the recipes among them."""
 
 RELEASE, NAMESPACE = "demo", "vision"
 
@@ -46,29 +50,29 @@ def over(base: Values, values: Values) -> Values:
     return found
 
 
-def render(values: Values) -> list[Resource]:
-    """Return what the chart makes of values, in the order of its templates.
+def render(values: Values, chart: Path = CHART, release: str = RELEASE) -> list[Resource]:
+    """Return what a chart makes of values, in the order of its templates.
 
     Raises:
         ChartError: it makes nothing of them.
     """
-    return copy.deepcopy(_rendered(json.dumps(values)))
+    return copy.deepcopy(_rendered(json.dumps(values), chart, release))
 
 
 @functools.cache
-def _rendered(values: str) -> list[Resource]:
+def _rendered(values: str, chart: Path, release: str) -> list[Resource]:
     helm = shutil.which("helm")
     if helm is None and not RENDERER.exists():
         pytest.skip("neither helm nor .cache/helm-render here: tests/helm/install.sh makes it")
-    if helm is None:  # which checks the schema itself
-        default = yaml.safe_load((CHART / "values.yaml").read_text())
-        schema = json.loads((CHART / "values.schema.json").read_text())
+    if helm is None and (chart / "values.schema.json").exists():  # helm checks the schema itself
+        default = yaml.safe_load((chart / "values.yaml").read_text())
+        schema = json.loads((chart / "values.schema.json").read_text())
         for fault in jsonschema.Draft7Validator(schema).iter_errors(over(default, json.loads(values))):
             raise ChartError(f"{fault.json_path}: {fault.message}")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(values)
         file.flush()
-        command = [helm or str(RENDERER), "template", RELEASE, str(CHART), "--namespace", NAMESPACE, "--values", file.name]
+        command = [helm or str(RENDERER), "template", release, str(chart), "--namespace", NAMESPACE, "--values", file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ChartError(done.stderr)
@@ -99,7 +103,7 @@ def of_kind(resources: list[Resource], kind: str, name: str = "") -> list[Resour
 def pods(resources: list[Resource]) -> Iterator[tuple[str, Resource]]:
     """Yield name and spec of all that becomes a pod."""
     for resource in resources:
-        if resource["kind"] in ("Deployment", "Job"):
+        if resource["kind"] in ("Deployment", "StatefulSet", "Job"):
             yield resource["metadata"]["name"], resource["spec"]["template"]["spec"]
         elif resource["kind"] == "Pod":
             yield resource["metadata"]["name"], resource["spec"]

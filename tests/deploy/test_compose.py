@@ -18,7 +18,9 @@ from support import ROOT
 from ergo_server.settings import Settings
 
 SERVICES: dict[str, dict[str, Any]] = composition(example())["services"]
-GATEWAYS = ["gateway", "gateway-cpu"]
+GATEWAYS = ["gateway", "gateway-gpu2", "gateway-cpu"]
+ENGINES = ["engine", "engine-2"]
+PROFILES = ["gpu", "gpu2", "cpu"]
 OBSERVABILITY = ROOT / "observability"
 
 
@@ -67,7 +69,7 @@ def test_the_gateways_settings_exist(name: str, monkeypatch: pytest.MonkeyPatch)
         assert variable.removeprefix("ERGO_").lower() in Settings.model_fields, variable
         monkeypatch.setenv(variable, value)
     settings = Settings()
-    assert settings.engine == ("vllm" if name == "gateway" else "embedded")
+    assert settings.engine == ("embedded" if name == "gateway-cpu" else "vllm")
     assert f":{settings.port}" in SERVICES[name]["ports"][0][-5:]
 
 
@@ -78,7 +80,8 @@ def test_stopping_waits_for_what_is_under_way(name: str) -> None:
     drain = float(given["ERGO_DRAIN_SECONDS"]) + float(given.get("ERGO_DRAIN_GRACE_SECONDS", 0))
     assert seconds(SERVICES[name]["stop_grace_period"]) > drain + 3
     (timeout,) = (int(flag.split("=")[1]) for flag in engine_flags() if flag.startswith("--shutdown-timeout="))
-    assert seconds(SERVICES["engine"]["stop_grace_period"]) > timeout >= drain + 3
+    for engine in ENGINES:
+        assert seconds(SERVICES[engine]["stop_grace_period"]) > timeout >= drain + 3
 
 
 @pytest.mark.parametrize("name", GATEWAYS)
@@ -101,12 +104,13 @@ def test_no_service_has_a_capability(name: str) -> None:
     assert not {"privileged", "cap_add"} & SERVICES[name].keys()
 
 
-def test_the_engine_has_no_way_out() -> None:
-    """The engine is on one network, which is internal, publishes no port, loads nothing from the hub, and writes nothing to the
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_has_no_way_out(name: str) -> None:
+    """An engine is on one network, which is internal, publishes no port, loads nothing from the hub, and writes nothing to the
     model's volume; the service that fetches the model is not on that network."""
     networks = composition(example())["networks"]
-    engine = SERVICES["engine"]
-    assert engine["networks"] == ["engine"]
+    engine = SERVICES[name]
+    assert list(engine["networks"]) == ["engine"]
     assert networks["engine"] == {"internal": True}
     assert "ports" not in engine
     assert engine["environment"]["HF_HUB_OFFLINE"] == "1"
@@ -120,6 +124,24 @@ def test_the_engine_serves_what_was_fetched() -> None:
     service = composition(example() | {"MODEL_REVISION": "abc"})["services"]
     assert service["model"]["command"] == ["nota-ai/ERGO-7B", "--revision", "abc", "--local-dir", "/models/abc"]
     assert service["engine"]["command"][0] == "/models/abc"
+
+
+def test_two_engines_differ_in_their_gpu_only() -> None:
+    """The second engine does what the first does, on another GPU, with cores and a cache of its own; the gateway of gpu2 differs
+    from that of gpu in knowing both."""
+    first, second = SERVICES["engine"], SERVICES["engine-2"]
+    assert {key for key in first if first[key] != second[key]} == {"profiles", "volumes", "deploy"}
+    ((one,), (other,)) = (s["deploy"]["resources"]["reservations"]["devices"] for s in (first, second))
+    # Docker counts from GPU 0.
+    assert (one["count"], other["device_ids"]) == (1, ["1"])
+    assert not {volume for volume in first["volumes"] if "/root/" in volume} & set(second["volumes"])
+    moved = composition(example() | {"ENGINE_2_GPU": "3", "ENGINE_2_CPUS": "8-15"})["services"]["engine-2"]
+    assert moved["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] == ["3"]
+    assert moved["cpuset"] == "8-15"
+    alone, both = SERVICES["gateway"], SERVICES["gateway-gpu2"]
+    assert {key for key in alone if alone[key] != both[key]} == {"profiles", "networks", "environment", "depends_on"}
+    assert both["environment"]["ERGO_ENGINE_URL"].split(",") == [f"http://{name}:8001" for name in ENGINES]
+    assert alone["environment"] | {"ERGO_ENGINE_URL": ""} == both["environment"] | {"ERGO_ENGINE_URL": ""}
 
 
 def test_the_engine_takes_what_the_gateway_sends() -> None:
@@ -136,9 +158,9 @@ def test_ports_are_published_on_loopback() -> None:
     assert all(port.startswith("127.0.0.1:") for port in published), published
 
 
-@pytest.mark.parametrize("profile", ["gpu", "cpu"])
+@pytest.mark.parametrize("profile", PROFILES)
 def test_a_profile_is_whole(profile: str) -> None:
-    """What runs in a profile depends on nothing that does not, and no two of it publish the same port; both profiles have a
+    """What runs in a profile depends on nothing that does not, and no two of it publish the same port; each profile has a
     gateway, Prometheus and Grafana."""
     services = active(profile)
     assert {"prometheus", "grafana"} < services.keys()
@@ -175,19 +197,22 @@ def test_what_is_mounted_from_the_repository_is_there() -> None:
     assert (mounted[provider["options"]["path"]] / home.rpartition("/")[2]).is_file()
 
 
-@pytest.mark.parametrize("profile", ["gpu", "cpu"])
+@pytest.mark.parametrize("profile", PROFILES)
 def test_prometheus_finds_what_it_scrapes(profile: str) -> None:
-    """The names in Prometheus' configuration are those of services that run, on a network that Prometheus shares with them."""
-    names = {
-        alias: set(service["networks"])
-        for name, service in active(profile).items()
-        for alias in [name, *_aliases(service["networks"])]
-    }
-    scraped = yaml.safe_load((OBSERVABILITY / "prometheus/prometheus.yml").read_text())["scrape_configs"]
-    targets = {target for job in scraped for group in job["static_configs"] for target in group["targets"]}
-    assert targets == {"gateway:8000", "engine:8001"}
-    for host in {"gateway"} if profile == "cpu" else {"gateway", "engine"}:
-        assert names[host] & set(SERVICES["prometheus"]["networks"]), host
+    """The names in Prometheus' configuration are those of services that run, on a network that Prometheus shares with them; each
+    engine that runs is found."""
+    names: dict[str, list[str]] = {}
+    for name, service in active(profile).items():
+        if set(service["networks"]) & set(SERVICES["prometheus"]["networks"]):
+            for alias in [name, *_aliases(service["networks"])]:
+                names.setdefault(alias, []).append(name)
+    gateway, vllm = yaml.safe_load((OBSERVABILITY / "prometheus/prometheus.yml").read_text())["scrape_configs"]
+    assert gateway["static_configs"] == [{"targets": ["gateway:8000"]}]
+    assert len(names["gateway"]) == 1
+    (found,) = vllm["dns_sd_configs"]
+    assert (found["type"], found["port"]) == ("A", 8001)
+    (alias,) = found["names"]
+    assert names.get(alias, []) == {"gpu": ["engine"], "gpu2": ENGINES, "cpu": []}[profile]
 
 
 def _aliases(networks: list[str] | dict[str, dict[str, list[str]] | None]) -> list[str]:

@@ -41,15 +41,14 @@ def refused(values: Values) -> str:
 
 
 def environment(resources: list[Resource]) -> dict[str, str]:
-    """Return the gateway's environment; a stand-in where a Secret has the value."""
-    (container,) = one(resources, "Deployment", "-gateway")["spec"]["template"]["spec"]["containers"]
+    """Return the gateway's environment; secrets are in files."""
     given: dict[str, str] = one(resources, "ConfigMap", "-gateway")["data"]
-    return given | {variable["name"]: "from a Secret" for variable in container["env"]}
+    return given
 
 
 def arguments(resources: list[Resource]) -> list[str]:
     """Return vLLM's command line."""
-    (container,) = one(resources, "Deployment", "-engine")["spec"]["template"]["spec"]["containers"]
+    (container,) = one(resources, "StatefulSet", "-engine")["spec"]["template"]["spec"]["containers"]
     found: list[str] = container["command"] + container["args"]
     return found
 
@@ -86,7 +85,7 @@ def test_resources_find_each_other(values: Values) -> None:
     resources = render(values)
     names = [(resource["kind"], resource["metadata"]["name"]) for resource in resources]
     assert len(names) == len(set(names))
-    workloads = of_kind(resources, "Deployment")
+    workloads = of_kind(resources, "Deployment") + of_kind(resources, "StatefulSet")
     for resource in of_kind(resources, "Service") + of_kind(resources, "PodDisruptionBudget"):
         selector = resource["spec"]["selector"]
         chosen = selector.get("matchLabels", selector)
@@ -94,16 +93,26 @@ def test_resources_find_each_other(values: Values) -> None:
         assert len(hits) == 1
     for kind in ("HorizontalPodAutoscaler", "ScaledObject"):
         for scaler in of_kind(resources, kind):
-            assert ("Deployment", scaler["spec"]["scaleTargetRef"]["name"]) in names
-            assert "replicas" not in one(resources, "Deployment", scaler["metadata"]["name"])["spec"]
+            target = scaler["spec"]["scaleTargetRef"]
+            assert (target["kind"], target["name"]) in names
+            assert "replicas" not in one(resources, target["kind"], target["name"])["spec"]
     said = json.dumps(values)
-    for _, pod in pods(resources):
+    own = {
+        workload["metadata"]["name"]: [claim["metadata"]["name"] for claim in workload["spec"].get("volumeClaimTemplates", ())]
+        for workload in workloads
+    }
+    for workload in of_kind(resources, "StatefulSet"):
+        assert one(resources, "Service", workload["spec"]["serviceName"])["spec"]["clusterIP"] == "None"
+    for name, pod in pods(resources):
         for volume in pod["volumes"]:
             if claim := volume.get("persistentVolumeClaim"):
                 assert ("PersistentVolumeClaim", claim["claimName"]) in names or f'"{claim["claimName"]}"' in said
+            for kind, key in (("Secret", "secretName"), ("ConfigMap", "name")):
+                if source := volume.get(kind[0].lower() + kind[1:]):
+                    assert (kind, source[key]) in names or f'"{source[key]}"' in said
         for container in pod["containers"]:
             mounted = {mount["name"] for mount in container["volumeMounts"]}
-            assert mounted == {volume["name"] for volume in pod["volumes"]}
+            assert mounted == {volume["name"] for volume in pod["volumes"]} | set(own.get(name, ()))
             for source in container.get("envFrom", ()):
                 assert ("ConfigMap", source["configMapRef"]["name"]) in names
             for variable in container.get("env", ()):
@@ -116,6 +125,8 @@ def test_a_release_of_any_name_is_valid(values: Values) -> None:
     """A long name of one's own is cut so that every name made from it is one that Kubernetes takes."""
     for resource in render(charts.over(values, {"fullnameOverride": "n" * 60})):
         assert len(resource["metadata"]["name"]) <= 63 or resource["kind"] in ("ConfigMap", "PrometheusRule")
+        # A StatefulSet's pods get a label of its name, a hyphen and ten letters.
+        assert len(resource["metadata"]["name"]) <= 52 or resource["kind"] != "StatefulSet"
 
 
 # --- Values ---------------------------------------------------------------------------------------------------------------------
@@ -137,7 +148,9 @@ def test_the_schema_is_what_the_program_writes(tmp_path: Path) -> None:
         ({"gateway": {"settings": {"api_keys": "secret"}}}, "api_keys"),
         ({"gateway": {"image": {"digest": "latest"}}}, "latest"),
         ({"gateway": {"autoscaling": {"kind": "cpu"}}}, "cpu"),
-        ({"engine": {"enabled": False, "external": {"urls": ["http://a", "http://b"]}}}, "urls"),
+        ({"engine": {"enabled": False, "external": {"urls": ["http://a,http://b"]}}}, "urls"),
+        ({"engine": {"enabled": False, "external": {"urls": ["http://a", "http://a"]}}}, "urls"),
+        ({"engine": {"routerUrl": "router:8080"}}, "routerUrl"),
     ],
 )
 def test_the_schema_refuses_what_means_nothing(values: Values, word: str) -> None:
@@ -153,7 +166,8 @@ def test_the_schema_refuses_what_means_nothing(values: Values, word: str) -> Non
         ({"engine": {"termination": {"gracePeriodSeconds": 65}}}, "engine.termination"),
         ({"engine": {"enabled": False}}, "external.urls"),
         ({"engine": {"external": {"urls": ["http://a"]}}}, "not both"),
-        ({"engine": {"replicas": 2}}, "ReadWriteMany"),
+        ({"engine": {"enabled": False, "external": {"urls": ["http://a"]}, "routerUrl": "http://b"}}, "routerUrl"),
+        ({"gateway": {"prompts": {"content": "a", "existingConfigMap": "b"}}}, "gateway.prompts"),
         ({"gateway": {"autoscaling": {"kind": "keda"}}}, "keda.prometheus"),
         ({"gateway": {"autoscaling": {"kind": "hpa", "minReplicas": 11}}}, "minReplicas"),
         ({"gateway": {"apiKeys": {"existingSecret": "keys"}}}, "tests"),
@@ -187,7 +201,7 @@ def test_pods_have_time_to_end(values: Values) -> None:
     drain = float(given["ERGO_DRAIN_GRACE_SECONDS"]) + float(given["ERGO_DRAIN_SECONDS"])
     assert drain + 3 < gateway["terminationGracePeriodSeconds"]
     assert float(given["ERGO_DRAIN_SECONDS"]) >= Settings.model_fields["request_seconds"].default
-    for engine in of_kind(resources, "Deployment", "-engine"):
+    for engine in of_kind(resources, "StatefulSet", "-engine"):
         pod = engine["spec"]["template"]["spec"]
         sleep = float(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
         (timeout,) = [a.partition("=")[2] for a in pod["containers"][0]["args"] if a.startswith("--shutdown-timeout")]
@@ -218,24 +232,100 @@ def test_large_numbers_keep_their_digits() -> None:
 
 
 def test_no_secret_is_in_a_config_map() -> None:
-    """No setting whose type is secret may be given as a value; each comes from a Secret."""
+    """No setting whose type is secret may be given as a value, nor a file in its place; each comes from a Secret, as a file."""
     schema = json.loads((CHART / "values.schema.json").read_text())
     settable = schema["properties"]["gateway"]["properties"]["settings"]["properties"]
     secret = {name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation)}
     assert secret == {"api_keys", "engine_api_key", "session_secret"}
-    assert not secret & set(settable)
+    assert not (secret | {f"{name}_file" for name in secret}) & set(settable)
+    for values in SETS.values():
+        resources = render(values)
+        given = environment(resources)
+        assert not {f"ERGO_{name.upper()}" for name in secret} & set(given)
+        pod = one(resources, "Deployment", "-gateway")["spec"]["template"]["spec"]
+        secrets = {volume["name"]: volume["secret"]["items"] for volume in pod["volumes"] if "secret" in volume}
+        held = {
+            f"{mount['mountPath']}/{item['path']}"
+            for mount in pod["containers"][0]["volumeMounts"]
+            for item in secrets.get(mount["name"], ())
+        }
+        assert held == {value for name, value in given.items() if name.endswith("_FILE")}
 
 
 def test_the_gateway_finds_its_engine() -> None:
-    """The URL is the engine's Service, or the external one; its port and the model's name are those of the engine."""
-    resources = render(SETS["defaults"])
-    given, service = environment(resources), one(resources, "Service", "-engine")
-    port = service["spec"]["ports"][0]["port"]
-    assert given["ERGO_ENGINE_URL"] == f"http://{service['metadata']['name']}:{port}"
-    assert f"--port={port}" in arguments(resources)
-    assert given["ERGO_ENGINE_MODEL"] == arguments(resources)[2]
+    """The URLs are the engine's pods by name, the Service where pods come and go, the router, or the external ones; port and
+    model's name are those of the engine."""
+    for values, count in (({}, 1), (SETS["two-engines"], 2), ({"engine": {"replicas": 0}}, 1)):
+        resources = render(values)
+        given, engine = environment(resources), one(resources, "StatefulSet", "-engine")
+        name, service = engine["metadata"]["name"], engine["spec"]["serviceName"]
+        (port,) = one(resources, "Service", service)["spec"]["ports"]
+        urls = [f"http://{name}-{number}.{service}:{port['port']}" for number in range(count)]
+        assert given["ERGO_ENGINE_URL"].split(",") == urls
+        assert f"--port={port['port']}" in arguments(resources)
+        assert given["ERGO_ENGINE_MODEL"] == arguments(resources)[2]
+    resources = render(SETS["keda"])
+    assert environment(resources)["ERGO_ENGINE_URL"] == f"http://{one(resources, 'Service', '-engine')['metadata']['name']}:8001"
+    assert environment(render(SETS["vllm-router"]))["ERGO_ENGINE_URL"] == "http://eyes-router:8080"
     given = environment(render(SETS["external"]))
-    assert (given["ERGO_ENGINE_URL"], given["ERGO_ENGINE_MODEL"]) == ("https://vllm.models.example:8443", "ergo")
+    assert (given["ERGO_ENGINE_URL"], given["ERGO_ENGINE_MODEL"]) == (
+        "https://vllm.models.example:8443,https://vllm-2.models.example:8443,http://spare.models.example",
+        "ergo",
+    )
+
+
+def test_engines_get_a_cache_each_or_share_one() -> None:
+    """A claim that all nodes can mount, or that is there already, is shared; else each pod has its own, as large as asked for."""
+    for values, own, shared in (
+        ({}, 1, 0),
+        (SETS["two-engines"], 1, 0),
+        (SETS["keda"], 0, 1),
+        (SETS["air-gapped"], 0, 0),
+    ):
+        resources = render(values)
+        templates = one(resources, "StatefulSet", "-engine")["spec"].get("volumeClaimTemplates", [])
+        claims = of_kind(resources, "PersistentVolumeClaim")
+        assert (len(templates), len(claims)) == (own, shared)
+        for claim in templates + claims:
+            assert claim["spec"]["resources"]["requests"]["storage"] == "40Gi"
+
+
+def test_engines_are_replaced_one_by_one() -> None:
+    """All engines start at once; an update takes one pod away before its successor comes, and an eviction one at a time."""
+    resources = render(SETS["two-engines"])
+    spec = one(resources, "StatefulSet", "-engine")["spec"]
+    assert (spec["podManagementPolicy"], spec["updateStrategy"]) == ("Parallel", {"type": "RollingUpdate"})
+    assert one(resources, "PodDisruptionBudget", "-engine")["spec"]["maxUnavailable"] == 1
+
+
+def test_prometheus_scrapes_each_engine_once() -> None:
+    """Of the two Services before the engines the monitor chooses one."""
+    resources = render(SETS["two-engines"])
+    chosen = one(resources, "ServiceMonitor", "-engine")["spec"]["selector"]["matchLabels"]
+    (service,) = [s for s in of_kind(resources, "Service") if chosen.items() <= s["metadata"]["labels"].items()]
+    assert service["metadata"]["name"].endswith("-engine")
+
+
+def test_prompts_reach_the_gateway() -> None:
+    """Prompts given as a text are in a ConfigMap to the byte, where ERGO_PROMPTS looks, and change the sum of the settings; a
+    ConfigMap that is there already is mounted likewise."""
+    text = (ROOT / "server/ergo_server/protocol/prompts/ergo.toml").read_text()
+    sums = set()
+    for values, name in (
+        ({"gateway": {"prompts": {"content": text}}}, f"{RELEASE}-ergo-vqa-prompts"),
+        ({"gateway": {"prompts": {"content": text + "# another"}}}, f"{RELEASE}-ergo-vqa-prompts"),
+        (SETS["external"], "prompts"),
+    ):
+        resources = render(values)
+        template = one(resources, "Deployment", "-gateway")["spec"]["template"]
+        (volume,) = [volume for volume in template["spec"]["volumes"] if "configMap" in volume]
+        (mount,) = [m for m in template["spec"]["containers"][0]["volumeMounts"] if m["name"] == volume["name"]]
+        assert volume["configMap"]["name"] == name
+        assert environment(resources)["ERGO_PROMPTS"] == f"{mount['mountPath']}/{volume['configMap']['items'][0]['path']}"
+        sums.add(template["metadata"]["annotations"]["checksum/config"])
+        for made in of_kind(resources, "ConfigMap", "-prompts"):
+            assert made["data"] == {volume["configMap"]["items"][0]["key"]: values["gateway"]["prompts"]["content"]}
+    assert len(sums) == 3
 
 
 def test_a_change_of_settings_restarts_the_gateway() -> None:
@@ -261,7 +351,7 @@ def test_vllm_knows_every_flag() -> None:
 
 def test_gpus_are_asked_for_and_used() -> None:
     """The pod's limit is what the values say, beside its memory; the model is split over more than one."""
-    engine = one(render(SETS["gpu-pool"]), "Deployment", "-engine")["spec"]["template"]["spec"]
+    engine = one(render(SETS["gpu-pool"]), "StatefulSet", "-engine")["spec"]["template"]["spec"]
     (container,) = engine["containers"]
     assert container["resources"]["limits"] == {"memory": "48Gi", "nvidia.com/gpu": 2}
     assert "--tensor-parallel-size=2" in container["args"]
@@ -301,10 +391,10 @@ def policy(resources: list[Resource], name: str) -> Any:
 
 @every_set
 def test_every_pod_that_serves_has_a_policy(values: Values) -> None:
-    """Each Deployment's pods are chosen by one policy, which limits both directions."""
+    """Each workload's pods are chosen by one policy, which limits both directions."""
     resources = render(values)
     chosen = [spec["podSelector"]["matchLabels"] for spec in (p["spec"] for p in of_kind(resources, "NetworkPolicy"))]
-    for workload in of_kind(resources, "Deployment"):
+    for workload in of_kind(resources, "Deployment") + of_kind(resources, "StatefulSet"):
         labels = workload["spec"]["template"]["metadata"]["labels"]
         assert len([labels_ for labels_ in chosen if labels_.items() <= labels.items()]) == 1
     for found in of_kind(resources, "NetworkPolicy"):
@@ -324,11 +414,12 @@ def test_the_engine_has_no_way_out() -> None:
 
 
 def test_the_gateway_reaches_what_it_needs() -> None:
-    """Its way out is DNS and the engine, at the port of its URL; the internet only where remote images are on."""
+    """Its way out is DNS and the engines, at the ports of their URLs; the internet only where remote images are on."""
     _, engine = policy(render(SETS["defaults"]), "-gateway")["egress"]
     assert engine["to"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "engine"
     _, engine, images = policy(render(SETS["external"]), "-gateway")["egress"]
-    assert engine == {"to": [{"ipBlock": {"cidr": "203.0.113.7/32"}}], "ports": [{"protocol": "TCP", "port": 8443}]}
+    assert engine["to"] == [{"ipBlock": {"cidr": "203.0.113.7/32"}}]
+    assert engine["ports"] == [{"protocol": "TCP", "port": 8443}, {"protocol": "TCP", "port": 80}]
     assert images["to"][0]["ipBlock"]["cidr"] == "0.0.0.0/0"
     for url, port in (("http://router", 80), ("https://router/base", 443)):
         _, engine = policy(render({"engine": {"enabled": False, "external": {"urls": [url]}}}), "-gateway")["egress"]

@@ -2,14 +2,15 @@
 {{ default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" }}
 {{- end }}
 
+{{/* 45 characters, so that with `-engine` there are 52: the label that a StatefulSet gives its pods has 11 more, and a label 63. */}}
 {{- define "ergo.fullname" -}}
 {{- $name := include "ergo.name" . -}}
 {{- if .Values.fullnameOverride -}}
-{{ .Values.fullnameOverride | trunc 50 | trimSuffix "-" }}
+{{ .Values.fullnameOverride | trunc 45 | trimSuffix "-" }}
 {{- else if contains $name .Release.Name -}}
-{{ .Release.Name | trunc 50 | trimSuffix "-" }}
+{{ .Release.Name | trunc 45 | trimSuffix "-" }}
 {{- else -}}
-{{ printf "%s-%s" .Release.Name $name | trunc 50 | trimSuffix "-" }}
+{{ printf "%s-%s" .Release.Name $name | trunc 45 | trimSuffix "-" }}
 {{- end -}}
 {{- end }}
 
@@ -58,23 +59,64 @@ fsGroupChangePolicy: OnRootMismatch
 seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
+{{/* The headless Service that gives each engine's pod its name. */}}
+{{- define "ergo.enginePods" -}}{{ include "ergo.engine" . }}-pods{{- end }}
+
+{{/* What gateways ask, with commas between: external engines, a router, each pod by its name, or the Service before pods that come
+     and go. */}}
 {{- define "ergo.engineUrl" -}}
-{{- if .Values.engine.enabled -}}
-http://{{ include "ergo.engine" . }}:8001
-{{- else -}}
-{{ first .Values.engine.external.urls | trimSuffix "/" }}
+{{- $urls := list -}}
+{{- if not .Values.engine.enabled -}}
+{{- range .Values.engine.external.urls }}{{ $urls = append $urls (trimSuffix "/" .) }}{{ end -}}
+{{- else if .Values.engine.routerUrl -}}
+{{- $urls = list (trimSuffix "/" .Values.engine.routerUrl) -}}
+{{- else if eq .Values.engine.autoscaling.kind "none" -}}
+{{- range $number := until (max 1 (int .Values.engine.replicas) | int) -}}
+{{- $urls = append $urls (printf "http://%s-%d.%s:8001" (include "ergo.engine" $) $number (include "ergo.enginePods" $)) -}}
 {{- end -}}
+{{- else -}}
+{{- $urls = list (printf "http://%s:8001" (include "ergo.engine" .)) -}}
+{{- end -}}
+{{ join "," $urls }}
 {{- end }}
 
-{{/* Port of an external engine's URL, or the scheme's own. */}}
-{{- define "ergo.enginePort" -}}
-{{- $url := urlParse (include "ergo.engineUrl" .) -}}
-{{- $port := regexFind ":[0-9]+$" $url.host | trimPrefix ":" -}}
-{{- default (ternary "443" "80" (eq $url.scheme "https")) $port -}}
+{{/* Whether gateways ask the pods of this chart themselves. */}}
+{{- define "ergo.asksPods" -}}
+{{- if and .Values.engine.enabled (not .Values.engine.routerUrl) }}true{{ end -}}
+{{- end }}
+
+{{/* Ports of the URLs, or the schemes' own, as JSON. */}}
+{{- define "ergo.enginePorts" -}}
+{{- $ports := list -}}
+{{- range splitList "," (include "ergo.engineUrl" .) -}}
+{{- $url := urlParse . -}}
+{{- $port := regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (ternary "443" "80" (eq $url.scheme "https")) -}}
+{{- $ports = append $ports (dict "protocol" "TCP" "port" (int $port)) -}}
+{{- end -}}
+{{ $ports | uniq | toJson }}
+{{- end }}
+
+{{/* Whether the engines' cache is one claim, or each pod's own. */}}
+{{- define "ergo.sharedCache" -}}
+{{- if or .Values.engine.cache.existingClaim (has "ReadWriteMany" .Values.engine.cache.accessModes) }}true{{ end -}}
+{{- end }}
+
+{{/* What a claim of the engines' cache asks for. */}}
+{{- define "ergo.claim" -}}
+accessModes: {{ .Values.engine.cache.accessModes | toJson }}
+{{- with .Values.engine.cache.storageClass }}
+storageClassName: {{ . }}
+{{- end }}
+resources:
+  requests: {storage: {{ .Values.engine.cache.size }}}
 {{- end }}
 
 {{- define "ergo.sessionSecret" -}}
 {{ default (printf "%s-session" (include "ergo.fullname" .)) .Values.gateway.sessionSecret.existingSecret }}
+{{- end }}
+
+{{- define "ergo.prompts" -}}
+{{ default (printf "%s-prompts" (include "ergo.fullname" .)) .Values.gateway.prompts.existingConfigMap }}
 {{- end }}
 
 {{/* The whole internet, and nothing else. */}}
@@ -128,7 +170,13 @@ sum(vllm:num_requests_waiting{{ printf "{namespace=%q,service=%q}" .Release.Name
 {{- fail (printf "engine.termination: preStopSeconds + shutdownSeconds = %d must be less than gracePeriodSeconds = %d" (int $needs) (int $engine.gracePeriodSeconds)) -}}
 {{- end -}}
 {{- if and .Values.engine.enabled .Values.engine.external.urls -}}
-{{- fail "engine: either enabled, or external.urls, not both" -}}
+{{- fail "engine: either enabled, or external.urls, not both; a router before this chart's engines is engine.routerUrl" -}}
+{{- end -}}
+{{- if and (not .Values.engine.enabled) .Values.engine.routerUrl -}}
+{{- fail "engine: routerUrl is for engines that the chart runs; with enabled: false name the router in external.urls" -}}
+{{- end -}}
+{{- if and .Values.gateway.prompts.content .Values.gateway.prompts.existingConfigMap -}}
+{{- fail "gateway.prompts: either content, or existingConfigMap, not both" -}}
 {{- end -}}
 {{- if not (or .Values.engine.enabled .Values.engine.external.urls) -}}
 {{- fail "engine: enabled is false, and external.urls names none" -}}
@@ -137,11 +185,6 @@ sum(vllm:num_requests_waiting{{ printf "{namespace=%q,service=%q}" .Release.Name
 {{- if gt (int $scaled.minReplicas) (int $scaled.maxReplicas) -}}
 {{- fail (printf "%s.autoscaling: minReplicas is more than maxReplicas" $name) -}}
 {{- end -}}
-{{- end -}}
-{{- $cache := .Values.engine.cache -}}
-{{- $engines := ternary .Values.engine.autoscaling.maxReplicas .Values.engine.replicas (eq .Values.engine.autoscaling.kind "keda") -}}
-{{- if and .Values.engine.enabled (gt (int $engines) 1) (not $cache.existingClaim) (not (has "ReadWriteMany" $cache.accessModes)) -}}
-{{- fail "engine: several pods need a cache that several nodes can mount: cache.accessModes: [ReadWriteMany], or cache.existingClaim" -}}
 {{- end -}}
 {{- $monitor := .Values.monitoring.serviceMonitor -}}
 {{- if and $monitor.enabled .Values.gateway.apiKeys.existingSecret (not $monitor.authorization.existingSecret) (not .Values.gateway.settings.open_metrics) -}}
