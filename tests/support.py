@@ -118,9 +118,10 @@ class Process:
     Args:
         running: ``ergo-vqa serve``.
         complaints: what it writes to its standard error.
+        ready: the path that answers 200 then.
     """
 
-    def __init__(self, running: subprocess.Popen[str], complaints: IO[str]) -> None:
+    def __init__(self, running: subprocess.Popen[str], complaints: IO[str], ready: str = "/readyz") -> None:
         self._running = running
         self._complaints = complaints
         assert running.stdout is not None
@@ -128,7 +129,7 @@ class Process:
         assert address is not None, self.complaints()
         self.url = address[0]
         self.pid = running.pid
-        wait_until(lambda: answers(f"{self.url}/readyz"), "the server is ready")
+        wait_until(lambda: answers(f"{self.url}{ready}"), "the server is ready")
 
     @property
     def address(self) -> tuple[str, int]:
@@ -163,8 +164,8 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(**settings: object) -> Iterator[Process]:
-    """Run ``ergo-vqa serve`` for ergo-mini, on the embedded engine unless the settings name another.
+def process(ready: str = "/readyz", /, **settings: object) -> Iterator[Process]:
+    """Run ``ergo-vqa serve`` for ergo-mini, on the embedded engine unless the settings name another; yields it once it is ready.
 
     It complains, but does not write a line for each request, unless the settings say so.
     """
@@ -176,7 +177,7 @@ def process(**settings: object) -> Iterator[Process]:
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True, env=os.environ | environment) as running,
     ):
         try:
-            yield Process(running, complaints)
+            yield Process(running, complaints, ready)
         finally:
             running.kill()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -87,6 +88,57 @@ def test_the_grace_time_ends(upstream: Upstream) -> None:
     with process(upstream, drain_grace_seconds=0.5) as server:
         server.signal()
         assert server.end() == (0, "")
+
+
+@pytest.mark.parametrize("grace", [0, 0.5])
+def test_requests_on_their_way_are_answered(upstream: Upstream, grace: float) -> None:
+    """What the kernel has taken and the server has not read when the signal comes, connections that nobody has accepted yet
+    included, is answered or refused with 503, and told that its connection ends; nothing is reset."""
+    body = json.dumps(QUESTION).encode()
+    head = "POST /v1/vqa HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
+    request = head.format(len(body)).encode() + body
+    with process(upstream, drain_grace_seconds=grace) as server, contextlib.ExitStack() as stack:
+        kept = stack.enter_context(socket.create_connection(server.address, timeout=60))
+        kept.sendall(b"HEAD /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert kept.recv(65_536).endswith(b"\r\n\r\n")
+        server.signal(signal.SIGSTOP)
+        others = [stack.enter_context(socket.create_connection(server.address, timeout=60)) for _ in range(4)]
+        for connection in (kept, *others):
+            connection.sendall(request)
+        server.signal()
+        server.signal(signal.SIGCONT)
+        support.wait_until(lambda: not server.accepts(), "no connection is taken any more")
+        upstream.go_on.set()
+        for connection in (kept, *others):
+            began, _, said = _all(connection).partition(b"\r\n\r\n")
+            assert began.split()[1] in (b"200", b"503")
+            assert b"connection: close" in began
+            assert json.loads(said)
+        assert server.end() == (0, "")
+
+
+def test_who_is_refused_amid_an_upload_reads_that(upstream: Upstream) -> None:
+    """An upload that begins while the server stops is refused at once; its sender may go on to the end, and is not reset."""
+    with process(upstream, drain_grace_seconds=600) as server:
+        server.signal()
+        support.wait_until(lambda: server.get("/readyz").status_code == 503, "readiness is false")
+        with socket.create_connection(server.address, timeout=60) as connection:
+            connection.sendall(b"POST /v1/vqa HTTP/1.1\r\nhost: x\r\ncontent-type: image/png\r\ncontent-length: 8000000\r\n\r\n")
+            connection.sendall(bytes(1_000_000))
+            head, _, said = _all(connection).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 503 ")
+            assert b"connection: close" in head
+            assert json.loads(said)["error"]["code"] == "overloaded"
+            for _ in range(7):
+                connection.sendall(bytes(1_000_000))
+
+
+def _all(connection: socket.socket) -> bytes:
+    """Read until the server has said all."""
+    found = b""
+    while piece := connection.recv(65_536):
+        found += piece
+    return found
 
 
 def test_a_hung_question_is_cut_off(upstream: Upstream, aside: Aside) -> None:

@@ -1,7 +1,9 @@
 """One connection of a client: uvicorn's HTTP/1.1 protocol, with limits on what it leaves to a proxy in front.
 
 uvicorn 0.54 waits for ever for the rest of a request's head, for a reader who never reads, and for the end of a body that
-nobody wants; what is no HTTP it answers in plain text. Here all of these end, and everything has the one envelope.
+nobody wants; what is no HTTP it answers in plain text. Here all of these end, and everything has the one envelope. It closes
+connections on which a request, or the rest of one, is on its way: the kernel then resets them, and their clients lose what they
+were to read. Here they are told first.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from ergo_server.telemetry.metrics import Refusal
 
 LOOK_SECONDS = 0.25
 """Each connection is looked at this often. Its limits count looks, not time: while the event loop is busy nobody is late."""
+
+QUIET_LOOKS = 2
+"""A server that ends closes an unused connection once nothing has come on it from one look to the next."""
 
 AGAIN_SECONDS = 1
 """``Retry-After`` of one whom the server has no room for: another replica may have, or a moment later this one."""
@@ -72,6 +77,8 @@ class Config(uvicorn.Config):
             timeout_keep_alive=limits.keep_alive_seconds,
         )
         self.limits = limits
+        self.ending = False
+        """Whether the server ends: each response then says that its connection is at an end, too."""
 
 
 class Connection(H11Protocol):
@@ -124,11 +131,19 @@ class Connection(H11Protocol):
         self._refuse(RequestError(f"this is not HTTP/1.1, or the head is longer than {size} bytes"))
 
     def shutdown(self) -> None:
-        """End after the response that is under way, if one is."""
-        if self._refused:
+        """Close, if nobody is there who would notice; a server that ends calls it again and again.
+
+        A request may be on its way while its connection seems unused: it is answered, and then told that this was the last.
+        """
+        quiet = self._looks >= QUIET_LOOKS and (self._owes(), self.cycle) == self._owed
+        if quiet and self._owes() != "rest" and self._unused:
             self.transport.close()
-        else:
-            super().shutdown()
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request."""
+        super().on_response_complete()
+        if self._refused:  # the rest of the body has its own time
+            self._unset_keepalive_if_required()
 
     def _should_upgrade(self) -> bool:
         """Never, and without uvicorn's warning: anybody could fill the log with it."""
@@ -208,8 +223,11 @@ class Connection(H11Protocol):
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the app on one request."""
         cycle = self.cycle
+        cycle.transport = _Ending(self.transport, self._end)  # type: ignore[assignment]
 
         async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start" and self.config.ending:
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
             self._sent += len(message.get("body", b""))
 
@@ -222,6 +240,14 @@ class Connection(H11Protocol):
             else:
                 stopping = Overloaded("the server is stopping", retry_after=AGAIN_SECONDS)
                 await respond(stopping, Request(scope))(scope, receive, counted)
+
+    def _end(self) -> None:
+        """Close after a response; where the request's body still comes, once its sender has read that."""
+        if self.conn.their_state is h11.SEND_BODY:
+            self._refused = True
+            self.transport.write_eof()
+        else:
+            self.transport.close()
 
     def _refuse(self, error: ErgoError) -> None:
         """Answer what never became a request for the app, and take no more; closed by the client, or after a while."""
@@ -238,3 +264,16 @@ class Connection(H11Protocol):
         for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.write_eof()
+
+
+class _Ending:
+    """A transport as the responses of uvicorn use it.
+
+    Args:
+        transport: the connection's.
+        end: called instead of closing it.
+    """
+
+    def __init__(self, transport: asyncio.Transport, end: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.close = end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from ergo_server.api.connection import Config, ConnectionLimits
+from ergo_server.api.connection import Config, Connection, ConnectionLimits
 
 TICK_SECONDS = 0.05
 """How often a server that ends looks whether all is done."""
@@ -57,13 +58,16 @@ class Ending:
 class Server(uvicorn.Server):
     """Serves until SIGTERM or SIGINT, then drains.
 
-    Readiness turns false; for the grace time connections are still accepted, so that load balancers come to notice; then none
-    are, and what is under way may finish; then it is cut off, with its work on the engine. A second signal ends the process at
-    once, as if nobody had caught it: the kernel closes the connections, by which the engine learns.
+    Readiness turns false, and each response says that its connection ends; for the grace time connections are still accepted, so
+    that load balancers come to notice; then none are, and what is under way may finish; then it is cut off, with its work on the
+    engine. A second signal ends the process at once, as if nobody had caught it: the kernel closes the connections, by which the
+    engine learns.
     """
 
     def __init__(self, app: ASGIApp, limits: ConnectionLimits, ending: Ending) -> None:
-        super().__init__(Config(app, limits))
+        config = Config(app, limits)
+        super().__init__(config)
+        self._config = config
         self._ending = ending
         self.cut_off = 0
         """Requests that had to be cut off in the end."""
@@ -78,11 +82,9 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, and give back what the app holds."""
         self._ending.begin()
+        self._config.ending = True
         await self._until(lambda: False, self._ending.grace_seconds)
-        for server in self.servers:
-            server.close()
-        for connection in list(self.server_state.connections):
-            connection.shutdown()
+        await self._stop_listening(sockets or [])
         await self._until(self._done, self._ending.drain_seconds)
         left = list(self.server_state.tasks)
         self.cut_off = len(left)
@@ -93,7 +95,25 @@ class Server(uvicorn.Server):
             connection.transport.abort()
         await self.lifespan.shutdown()
 
+    async def _stop_listening(self, sockets: list[socket.socket]) -> None:
+        """Take no connection any more, but for those that wait to be taken: the kernel would reset them."""
+        waiting = []
+        for listening in sockets:
+            with contextlib.suppress(OSError):  # nobody is there any more
+                while True:
+                    waiting.append(listening.accept()[0])
+        for server in self.servers:
+            server.close()
+        for connection in waiting:
+            connection.setblocking(False)
+            await asyncio.get_running_loop().connect_accepted_socket(self._connection, connection)
+
+    def _connection(self) -> Connection:
+        return Connection(self._config, self.server_state, self.lifespan.state)
+
     def _done(self) -> bool:
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
         return not (self.server_state.tasks or self.server_state.connections)
 
     async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
