@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-ROOMS = ("api", "telemetry", "pipeline", "engine", "protocol", "imaging", "errors")
+ROOMS = ("api", "telemetry", "verification", "pipeline", "engine", "protocol", "imaging", "errors")
 """Each imports only rooms to its right, and itself."""
 
 MAY_IMPORT = {
     **{room: set(ROOMS[number:]) for number, room in enumerate(ROOMS)},
     "intake": {"intake", "imaging", "errors"},
-    "settings": {"settings", "telemetry", "pipeline", "engine", "intake", "imaging"},
+    "settings": {"settings", "telemetry", "verification", "pipeline", "engine", "intake", "imaging"},
     "__main__": {"api", "telemetry", "settings", "protocol", "imaging"},
 }
 MAY_IMPORT["api"] |= {"intake"}

@@ -574,6 +574,7 @@ ZOOMS = "ergo_zoom_total"
 ATTEMPTED = 'outcome!="skipped"'
 AREA = "ergo_zoom_area_ratio"
 MAGNIFICATION = "ergo_zoom_magnification"
+REGION_REWARD = "ergo_reward_region_total"
 
 
 def zoom_quality() -> Json:
@@ -702,6 +703,30 @@ def zoom_quality() -> Json:
             "million at 1,280); the original far above, or there is nothing to zoom into.",
             [(quantile(0.5, "ergo_image_pixels", by="kind"), "{{kind}}")],
             "short",
+        ),
+    )
+
+    board.row("Rewards", height=9)
+    board.shelf(
+        lines(
+            "The paper's rewards",
+            "Of the zoomed questions: the region within 0.6 of the image (box), both replies of the right tags (format); of "
+            "those asked again with the crop alone (ERGO_VERIFY_FRACTION) the answer that was served (region). Good: box and "
+            "format near 1. Region is an agreement, not a score: watch whether it falls, not how high it stands.",
+            [
+                (ratio(rate("ergo_reward_box_total", 'value="1"'), rate("ergo_reward_box_total")), "box"),
+                (ratio(rate("ergo_reward_format_total", 'value="1"'), rate("ergo_reward_format_total")), "format"),
+                (ratio(rate(REGION_REWARD, 'outcome="agrees"'), rate(REGION_REWARD, 'outcome=~"agrees|differs"')), "region"),
+            ],
+            "percentunit",
+            max=1,
+        ),
+        lines(
+            "Questions asked again with the crop alone",
+            "A second, by what came of it. Good: dropped only under load. Nothing without ERGO_VERIFY_FRACTION.",
+            [(rate(REGION_REWARD, by="outcome"), "{{outcome}}")],
+            "reqps",
+            stack="normal",
         ),
     )
 

@@ -258,6 +258,7 @@ class Pipeline:
         deadlines: bounds in seconds.
         listeners: told of every request when it ends.
         passed: told of every turn that was passed through, when it ends.
+        finished: given every task that has a result, and the result; what keeps either keeps an image in memory.
     """
 
     engine: Engine
@@ -268,6 +269,7 @@ class Pipeline:
     deadlines: Deadlines = Deadlines()
     listeners: Sequence[Listener] = ()
     passed: Sequence[CallListener] = ()
+    finished: Sequence[Callable[[Task, Result], None]] = ()
 
     async def answer(self, task: Task) -> Result:
         """Answer a question.
@@ -338,7 +340,9 @@ class Pipeline:
         try:
             async with asyncio.timeout_at(run.deadline):
                 result = await run.answer()
-                return result
+            for offer in self.finished:
+                offer(task, result)
+            return result
         except TimeoutError:
             error = EngineTimeout.code
             raise EngineTimeout(f"no answer within {self.deadlines.request:g} s") from None

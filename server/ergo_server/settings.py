@@ -20,6 +20,7 @@ from ergo_server.intake.body import RequestLimits
 from ergo_server.intake.fetch import FetchLimits, FetchMode
 from ergo_server.pipeline import Deadlines, SessionScope
 from ergo_server.telemetry.logging import Format, Level
+from ergo_server.verification import CONCURRENT
 
 
 class Settings(BaseSettings):
@@ -112,6 +113,24 @@ class Settings(BaseSettings):
         ge=0,
         description="vllm: most second attempts saved up, and those at start; 0 switches them off. "
         "The first question after a reader who left may need one",
+    )
+
+    verify_fraction: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="of the zoomed questions, those that are asked again in the background with the crop alone; whether the "
+        "answer is the same becomes `ergo_reward_region_total`. Each costs a turn; off, as that is the operator's to spend",
+    )
+    verify_concurrent: int = Field(
+        default=CONCURRENT,
+        ge=1,
+        description="of these at a time; what comes on top is dropped, as is all while the server is busy",
+    )
+    verify_engine: str | None = Field(
+        default=None,
+        description="base URL of a vLLM that is asked instead, a stronger model's or an idle one's; unset: the engine itself. "
+        "With `embedded` one must be named: its one model would keep callers waiting",
     )
 
     prompts: Path | None = Field(
@@ -267,11 +286,18 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _engines_are_addresses(self) -> Settings:
         for url in self.engine_urls:
-            found = urlsplit(url)
-            if found.scheme not in ("http", "https") or not found.hostname:
+            if not _is_address(url):
                 raise ValueError("engine_url must be http:// or https:// and a host, or several of these with commas between")
+        if self.verify_engine is not None and not _is_address(self.verify_engine):
+            raise ValueError("verify_engine must be http:// or https:// and a host")
         if len({urlsplit(url).netloc for url in self.engine_urls}) < len(self.engine_urls):
             raise ValueError("engine_url names an engine twice")
+        return self
+
+    @model_validator(mode="after")
+    def _verification_keeps_nobody_waiting(self) -> Settings:
+        if self.verify_fraction and self.engine == "embedded" and not self.verify_engine:
+            raise ValueError("verify_fraction with engine=embedded needs a verify_engine, or callers would wait for it")
         return self
 
     @model_validator(mode="after")
@@ -405,3 +431,8 @@ class Settings(BaseSettings):
     fetch_url_chars: int = Field(
         default=FetchLimits().url_chars, gt=0, description="longest URL; RFC 9110, 4.1 asks for 8000, signed ones have about 2000"
     )
+
+
+def _is_address(url: str) -> bool:
+    found = urlsplit(url)
+    return found.scheme in ("http", "https") and bool(found.hostname)

@@ -97,7 +97,7 @@ def live(vllm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     keys = f"{line}\n{few} requests_per_minute=1"
     with ExitStack() as stack:
         open_keys: dict[str, Any] = {"api_keys": keys, "open_metrics": True}
-        good = stack.enter_context(support.gateway(engine="vllm", engine_url=vllm, **open_keys))
+        good = stack.enter_context(support.gateway(engine="vllm", engine_url=vllm, verify_fraction=1, **open_keys))
         lost = f"http://127.0.0.1:{support.free_port()}"
         bad = stack.enter_context(support.served(support.app(engine="vllm", engine_url=lost, breaker_failures=2, **open_keys)))
         rules = sorted((ROOT / "observability/prometheus/rules").glob("*.yml"))

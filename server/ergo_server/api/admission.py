@@ -63,7 +63,7 @@ class Gate:
         self.max_bytes = max_bytes
         self.bytes = 0
         """Bytes of request bodies that are reserved."""
-        self._free = max_concurrent
+        self._places = self._free = max_concurrent
         self._max_queued = max_queued
         self._queue: deque[asyncio.Future[None]] = deque()
         self._queue_seconds = queue_seconds
@@ -73,6 +73,11 @@ class Gate:
     def queued(self) -> int:
         """Requests that wait for a place."""
         return len(self._queue)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether callers may soon need what is left: half of the places are taken, or the server is stopping."""
+        return self.draining or 2 * self._free < self._places
 
     def drain(self) -> None:
         """Let nobody in from now on. Who is in, or waits, is served."""

@@ -49,6 +49,7 @@ from ergo_server.protocol.single import SinglePolicy
 from ergo_server.settings import Settings
 from ergo_server.telemetry import exchange
 from ergo_server.telemetry.metrics import Metrics
+from ergo_server.verification import Verifier
 
 if TYPE_CHECKING:
     from ergo_server.telemetry.tracing import Tracing
@@ -126,15 +127,18 @@ def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetche
     secret = given_secret.encode() if given_secret else secrets.token_bytes(32)
     largest = settings.max_visual_tokens or profile.max_visual_tokens
     default = settings.default_visual_tokens or min(profile.default_visual_tokens, largest)
+    single = SinglePolicy(profile.prompts)
+    verification = _verification(settings, engine, single, gate, metrics)
     pipeline = Pipeline(
         engine=engine,
         policy=ErgoPolicy(profile.prompts),
-        single=SinglePolicy(profile.prompts),
+        single=single,
         session_secret=secret,
         session_scope=settings.session_scope,
         deadlines=Deadlines(settings.turn_seconds, settings.request_seconds),
         listeners=(metrics.observe, lambda record: _charge(limits, record), exchange.observe),
         passed=(exchange.observe_passed,),
+        finished=(verification.offer,) if verification else (),
     )
     work, store = _image_work(settings), _image_store(settings)
     metrics.watch_images(work, store)
@@ -155,7 +159,7 @@ def create_app(settings: Settings, engine: Engine | None = None, fetcher: Fetche
         salted=lambda tenant: salt(secret, tenant),
         charge=limits.charge,
     )
-    app = FastAPI(lifespan=_lifespan(service, tracing), openapi_url=None, telemetry=_NO_TELEMETRY)
+    app = FastAPI(lifespan=_lifespan(service, tracing, verification), openapi_url=None, telemetry=_NO_TELEMETRY)
     probes = _probes(engine, metrics, lambda: gate.draining)
     routers = (vqa.router(service), images.router(service), chat.router(service), probes)
     for router in routers:
@@ -314,12 +318,34 @@ def _charge(limits: TenantLimits, record: Record) -> None:
         limits.charge(record.tenant, record.result.visual_tokens.total)
 
 
-def _lifespan(service: Service, tracing: Tracing | None) -> Any:
+def _verification(settings: Settings, engine: Engine, single: SinglePolicy, gate: Gate, metrics: Metrics) -> Verifier | None:
+    """Return what asks finished questions again, if that is wanted."""
+    if not settings.verify_fraction:
+        return None
+    if settings.verify_engine is not None:
+        from ergo_server.engine.vllm import VllmEngine
+
+        key = _secret(settings.engine_api_key, settings.engine_api_key_file)
+        engine = Breaker(VllmEngine(settings.verify_engine, api_key=key), called="the engine that verifies")
+    return Verifier(
+        engine,
+        single,
+        fraction=settings.verify_fraction,
+        concurrent=settings.verify_concurrent,
+        busy=lambda: gate.crowded,
+        told=metrics.verified,
+        seconds=settings.turn_seconds,
+    )
+
+
+def _lifespan(service: Service, tracing: Tracing | None, verification: Verifier | None) -> Any:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         service.store.clear()
         await service.fetcher.aclose()
+        if verification is not None:
+            await verification.aclose()
         await service.engine.aclose()
         service.work.close()
         if tracing is not None:

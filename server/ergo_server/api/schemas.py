@@ -421,7 +421,9 @@ class Timings(Shown):
 class RewardsInfo(Shown):
     """What the paper's training would have given, 0 or 1 each; null where there was no zoom turn to judge."""
 
-    box: float | None = Field(ge=0, le=1, description="1 where the region covers at most 0.6 of the image's pixels, else 0", examples=[1.0])
+    box: float | None = Field(
+        ge=0, le=1, description="1 where the region covers at most 0.6 of the image's pixels, else 0", examples=[1.0]
+    )
     format: float | None = Field(
         ge=0, le=1, description="1 where both replies are of the right tags, each once and in order", examples=[1.0]
     )

@@ -34,6 +34,8 @@ from ergo_server.imaging.work import ImageWork
 from ergo_server.intake.fetch import FETCH_OUTCOMES, FetchOutcome
 from ergo_server.intake.store import ImageStore
 from ergo_server.pipeline import STAGES, ZOOM_OUTCOMES, EngineCall, Record, Result, TurnName
+from ergo_server.protocol.rewards import box_reward, format_reward
+from ergo_server.verification import VERIFICATIONS, Verification
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 60, 120)
@@ -164,6 +166,21 @@ class Metrics:
             "Pixels of the crop per pixel of the overview, linear.",
             registry=new,
             buckets=MAGNIFICATIONS,
+        )
+        self.region_rewards = Counter(
+            "ergo_reward_region",
+            "Zoomed questions asked again with the crop alone, by whether the answer was the one that was served.",
+            ("outcome",),
+            registry=new,
+        )
+        self.box_rewards = Counter(
+            "ergo_reward_box",
+            "Zoomed questions by whether the region was within the paper's share.",
+            ("value",),
+            registry=new,
+        )
+        self.format_rewards = Counter(
+            "ergo_reward_format", "Zoomed questions by whether both replies kept to their tags.", ("value",), registry=new
         )
         self.engine_requests = Counter(
             "ergo_engine_requests", "Turns by how they went on the engine.", ("turn", "outcome"), registry=new
@@ -312,6 +329,10 @@ class Metrics:
         """Show whether an engine could be asked when readiness was looked at last."""
         self.engine_ready.labels(engine).set(ready)
 
+    def verified(self, outcome: Verification) -> None:
+        """Count a question that was asked again with the crop alone, or was to be."""
+        self.region_rewards.labels(outcome).inc()
+
     def failover(self, reason: FailoverReason) -> None:
         """Count a turn that another engine was asked for."""
         self.failovers.labels(reason).inc()
@@ -405,6 +426,9 @@ class Metrics:
         if region.outcome != "skipped":
             self.area_ratio.observe(region.area_ratio)
             self.magnification.observe(region.magnification)
+            first, *_, last = (turn.generation.text for turn in result.turns)
+            self.box_rewards.labels(f"{box_reward(region.box, original):.0f}").inc()
+            self.format_rewards.labels(f"{format_reward(first, last):.0f}").inc()
         for turn in result.turns:
             usage = turn.generation.usage
             cached = usage.cached_tokens or 0
@@ -458,6 +482,11 @@ class Metrics:
                 self.engine_requests.labels(turn, outcome)
             for cached in ("true", "false"):
                 self.prompt_tokens.labels(turn, cached)
+        for verification in VERIFICATIONS:
+            self.region_rewards.labels(verification)
+        for value in ("0", "1"):
+            self.box_rewards.labels(value)
+            self.format_rewards.labels(value)
         for failover in FAILOVER_REASONS:
             self.failovers.labels(failover)
         for retry in get_args(RetryOutcome):
