@@ -8,6 +8,8 @@
 #   make check          types, lint, format
 #   make bench          the gateway's own cost, and the prefix reuse
 #   make bench-images   the image path beside the naive one, from 2 to 108 megapixels (minutes)
+#   make load           load tests in short, against real vLLM (minutes; docs/load-tests.md), and what they found in .cache/load
+#   make soak           ten minutes of load, in which nothing may grow
 #   make train          train ergo-mini again (hours on two cores; RUN names the folder, and goes on where it stopped)
 #   make evaluate       the table of the model card, against a server that is already running at URL
 #
@@ -20,13 +22,13 @@ RUN ?= runs/ergo-mini
 URL ?= http://$(HOST):$(PORT)
 BIN := .venv/bin
 
-.PHONY: run test observability-test image-test check bench bench-images attack train evaluate clean
+.PHONY: run test observability-test image-test check bench bench-images attack load soak train evaluate clean
 .DELETE_ON_ERROR:
 
 run: .venv/.embedded
 	@$(BIN)/ergo-vqa serve --host $(HOST) --port $(PORT)
 
-test: .venv/.dev .venv-vllm/.tried .cache/.browser .cache/.prometheus .cache/.images .cache/.helm check
+test: .venv/.dev .venv-vllm/.tried .cache/.browser .cache/.prometheus .cache/.images .cache/.helm .cache/.routers check
 	$(BIN)/python -m pytest
 
 observability-test: .venv/.dev .venv-vllm/.tried .cache/.prometheus
@@ -48,6 +50,12 @@ bench: .venv/.embedded
 
 bench-images: .venv/.dev
 	$(BIN)/python loadtests/bench_images.py
+
+load: .venv/.dev .venv-vllm/.tried
+	$(BIN)/python -m loadtests.load short --seconds 12 --slo 2
+
+soak: .venv/.dev .venv-vllm/.tried
+	$(BIN)/python -m loadtests.load soak --seconds 600
 
 train: .venv/.dev
 	$(BIN)/python -m ergo_train.train $(RUN)
@@ -87,6 +95,11 @@ clean:
 # Likewise for helm's template engine.
 .cache/.helm: tests/helm/install.sh tests/helm/render/main.go
 	@tests/helm/install.sh || [ $$? -eq 3 ]
+	@mkdir -p .cache && touch $@
+
+# Likewise for a router of others.
+.cache/.routers: tests/deploy/routers.sh helm/recipes/vllm-router/Chart.yaml
+	@tests/deploy/routers.sh .cache/routers || [ $$? -eq 3 ]
 	@mkdir -p .cache && touch $@
 
 # Likewise for buildah and a base image.

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +31,41 @@ NOT_RUN = {
     "make attack": "minutes of harm; its own tests are run by `make attack`",
     "make bench": "measures for minutes, and asserts nothing",
     "make bench-images": "likewise",
+    "make load": "minutes; tests/load runs each scenario in short",
+    "make soak": "likewise",
+    "python -m loadtests.load closed --users 1 --users 4 --users 16 --seconds 60 --url http://127.0.0.1:8000": "likewise",
+    'python -m loadtests.load poisson --rate 2 --seconds 300 --url http://127.0.0.1:8000 --key "$KEY"': "likewise",
+    "python -m loadtests.load compare --url http://127.0.0.1:8000 --engine-url http://my-engine:8001 --seconds 300": "likewise",
+    "HF_HUB_OFFLINE=1 vllm bench serve --backend openai-chat --base-url http://127.0.0.1:8000 "
+    "--endpoint /v1/chat/completions \\\n"
+    "    --model ergo --tokenizer models/ergo_mini/checkpoint --dataset-name custom_image "
+    "--dataset-path load-pictures/vllm.jsonl \\\n"
+    "    --custom-ensure-client-side-data --num-prompts 20 --request-rate 1 --seed 1 --custom-output-len 64 --temperature 0 \\\n"
+    "    --percentile-metrics ttft,e2el --metric-percentiles 50,95,99 --goodput e2el:8000": "is in vLLM's own environment",
+    "GUIDELLM__MAX_WORKER_PROCESSES=1 guidellm run --backend kind=openai_http,target=http://127.0.0.1:8000,model=ergo \\\n"
+    "    --profile kind=poisson,rate=1 --constraint kind=max_requests,count=12 \\\n"
+    "    --data kind=json_file,path=load-pictures/guidellm.json --output kind=json,path=guidellm.json": "not installed here",
     "make train": "hours",
     "make evaluate": "minutes; test_training.py runs what it runs",
     "helm install eyes helm/ergo-vqa --namespace vision --create-namespace "
     "--set gateway.image.repository=registry.example/ergo-vqa-gateway": "needs a cluster; tests/helm renders the chart",
     "helm test eyes --namespace vision --logs": "likewise; tests/helm runs the pod's program",
+    "helm install eyes helm/ergo-vqa --namespace vision --values helm/recipes/vllm-router/ergo-vqa.yaml": "likewise",
+    "helm install eyes-router helm/recipes/vllm-router --namespace vision --set engines=eyes": "likewise",
+    "helm install eyes helm/ergo-vqa --namespace vision --values helm/recipes/llm-d/ergo-vqa.yaml": "likewise",
+    'helm install eyes-pool "$LLM_D_CHART" --namespace vision '
+    "--values helm/recipes/llm-d/router.yaml": "needs a cluster, and llm-d",
+    "kubectl apply --namespace vision --filename helm/recipes/llm-d/route.yaml": "likewise",
+    "helm install stack vllm/vllm-stack --namespace vision --values helm/recipes/production-stack/values.yaml": "likewise",
+    "helm install eyes helm/ergo-vqa --namespace vision --values helm/recipes/production-stack/ergo-vqa.yaml": "likewise",
+    "serve deploy helm/recipes/ray-serve/serve.yaml": "needs Ray, and GPUs",
+    "helm install eyes helm/ergo-vqa --namespace vision --values helm/recipes/ray-serve/ergo-vqa.yaml": "likewise",
+    "vllm bench serve --backend openai-chat --base-url http://my-engine:8001 --endpoint /v1/chat/completions \\\n"
+    "    --model nota-ai/ERGO-7B --num-prompts 500 --max-concurrency 32 --random-input-len 200 --random-output-len 1 \\\n"
+    "    --dataset-name random-mm --random-mm-bucket-config '{(588, 812, 1): 1.0}'": "needs a GPU",
+    "vllm bench serve --backend openai-chat --base-url http://my-engine:8001 --endpoint /v1/chat/completions \\\n"
+    "    --model nota-ai/ERGO-7B --num-prompts 500 --max-concurrency 32 --random-input-len 200 --random-output-len 120 \\\n"
+    "    --dataset-name random --ignore-eos": "likewise",
     "docker compose build": "needs Docker's engine; tests/deploy builds the image with buildah, and reads the Compose file",
     "docker compose up --detach": "likewise",
     "docker compose logs --follow model engine": "likewise",
@@ -48,6 +78,15 @@ NOT_RUN = {
     "install -m 644 /dev/null secrets/hf-token": "likewise",
     "head -c 24 /dev/urandom | base64 > secrets/grafana-password": "likewise",
     "chmod 644 secrets/*": "likewise",
+    "docker compose build gateway": "needs Docker's engine",
+    "docker compose up --detach --no-deps gateway": "likewise; tests/test_life_cycle.py stops gateways as it does",
+    "docker compose restart engine": "likewise; tests/test_life_cycle.py restarts vLLM",
+    "install -m 644 ergo-vqa.service /etc/systemd/system/": "would write into the machine",
+    "systemctl enable --now ergo-vqa": "needs systemd",
+    "systemctl restart vllm": "likewise; tests/test_life_cycle.py restarts vLLM",
+    "helm upgrade eyes helm/ergo-vqa --namespace vision --reuse-values --set gateway.image.tag=0.2.0": "needs a cluster",
+    "kubectl rollout status --namespace vision deployment/eyes-ergo-vqa-gateway": "likewise",
+    "kubectl rollout restart --namespace vision statefulset/eyes-ergo-vqa-engine": "likewise",
 }
 """Commands that a reader may give and a test may not, with the reason."""
 
@@ -156,8 +195,9 @@ class Reader:
                 )
             self.url, ready = url, f"{url}/readyz"
         self.stack.callback(_end, process)
-        support.wait_until(lambda: support.answers(ready) or process.poll() is not None, "the server is ready")
-        assert process.poll() is None, log.read_text()
+        # A shell that has put it into the background ends at once, with status 0.
+        support.wait_until(lambda: support.answers(ready) or process.poll(), "the server is ready")
+        assert not process.poll(), log.read_text()
 
     def _here(self, text: str) -> str:
         return text.replace(EVERYWHERE, self.url)
@@ -179,7 +219,8 @@ class Reader:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(ProcessLookupError):  # the page may have ended it
+        os.killpg(process.pid, signal.SIGTERM)
     process.wait(60)
 
 

@@ -1,0 +1,89 @@
+"""Does a server keep what it should give back? Its own /metrics, read every few seconds under steady load, tell."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+WARM_UP = 0.2
+"""Share of the readings that are left out: thread pools, allocators and caches fill up when a server is first used."""
+
+MEMORY_SHARE, MEMORY_BYTES = 0.05, 24 << 20
+"""Rise of the memory that counts as a leak: above both. Allocators of several threads grow in steps of some megabytes for as long
+as fragments find no better place, and images that happen to be decoded at the moment are another 10 each."""
+
+FILES = 2
+"""Rise of the open files that does: more than a request that happens to be under way while one is counted holds."""
+
+SERIES = 0
+"""Rise of the number of series that does: all are there from the start, and the load says the same things over and over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a server held at a moment."""
+
+    at: float
+    """Seconds after the start."""
+    memory: float
+    """Resident bytes."""
+    files: int
+    """Open files, sockets included."""
+    series: int
+    """Samples on /metrics."""
+
+
+def read(at: float, exposition: str) -> Reading:
+    """Read an exposition.
+
+    Raises:
+        KeyError: it has no ``process_resident_memory_bytes`` or ``process_open_fds``.
+    """
+    values = {sample.name: sample.value for family in text_string_to_metric_families(exposition) for sample in family.samples}
+    lines = sum(1 for line in exposition.splitlines() if line and not line.startswith("#"))
+    return Reading(at, values["process_resident_memory_bytes"], int(values["process_open_fds"]), lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was watched: in the first third after the warm-up, and in the last."""
+
+    what: str
+    first: float
+    last: float
+    allowed: float
+    """Largest rise that is no leak."""
+
+    @property
+    def leaks(self) -> bool:
+        """Whether it rose by more than is allowed."""
+        return self.last - self.first > self.allowed
+
+    def __str__(self) -> str:
+        rise = f"{self.last - self.first:+,.1f}, allowed {self.allowed:,.1f}"
+        return f"{self.what}: {self.first:,.1f} -> {self.last:,.1f} ({rise}): {'LEAK' if self.leaks else 'flat'}"
+
+
+def findings(readings: Sequence[Reading]) -> list[Finding]:
+    """Compare the medians of the first and of the last third of the readings, without the warm-up.
+
+    Raises:
+        ValueError: fewer than 15 readings, from which nothing can be said.
+    """
+    if len(readings) < 15:
+        raise ValueError(f"{len(readings)} readings are too few")
+    steady = readings[int(WARM_UP * len(readings)) :]
+    third = len(steady) // 3
+    first, last = steady[:third], steady[-third:]
+    mib = 1 / 2**20
+    memory, later_memory = (statistics.median(reading.memory for reading in part) * mib for part in (first, last))
+    files, later_files = (statistics.median(reading.files for reading in part) for part in (first, last))
+    series, later_series = (max(reading.series for reading in part) for part in (first, last))
+    return [
+        Finding("memory, MiB", memory, later_memory, max(MEMORY_SHARE * memory, MEMORY_BYTES * mib)),
+        Finding("open files", files, later_files, FILES),
+        Finding("series", series, later_series, SERIES),
+    ]
