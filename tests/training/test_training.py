@@ -100,6 +100,8 @@ def _arguments(folder: Path, steps: int) -> argparse.Namespace:
         workers=0,
         seed=0,
         compile=False,
+        start=None,
+        bfloat16=False,
         minutes=60,
     )
 

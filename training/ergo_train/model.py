@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ergo_train import tokenizer
-from ergo_train.samples import NO_CLASS, NO_DIGIT, SLOTS
+from ergo_train.samples import DOT, NO_CLASS, NO_DIGIT, SLOTS
 
 LOOKING_LAYER = 3
 """The text layer whose heads 0 and 1 are taught where to look: after binding has had three layers to happen."""
@@ -184,7 +184,7 @@ class Trainee(nn.Module):
         self.heads = text.num_attention_heads
         self.vision_heads = vision.num_heads
         self.landmark_head = nn.Linear(text.hidden_size, NO_CLASS + 1 + 5)
-        self.digit_head = nn.Linear(text.hidden_size, 4 * (NO_DIGIT + 1))
+        self.digit_head = nn.Linear(text.hidden_size, 4 * (DOT + 1))
         self.position_head = nn.Linear(text.hidden_size, 2 * MAX_GRID)
         self.text_layer = _text_layer
         self.vision_layer = _vision_layer
@@ -306,13 +306,13 @@ class Trainee(nn.Module):
         return what + where_in
 
     def _digits(self, batch: Batch, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """One digit or none in each of the four patches of every visual token of a crop."""
+        """One digit, a dot or nothing in each of the four patches of every visual token of a crop."""
         where, patch, digit = batch.digits.unbind(-1)
         wanted = torch.full((len(tokens), 4), NO_DIGIT)
         wanted[where, patch] = digit
         crops = batch.crops.repeat_interleave(SLOTS) & batch.patch_valid[:, ::4].flatten()
-        logits = self.digit_head(tokens).view(-1, 4, NO_DIGIT + 1)
-        even = torch.ones(NO_DIGIT + 1)
+        logits = self.digit_head(tokens).view(-1, 4, DOT + 1)
+        even = torch.ones(DOT + 1)
         even[NO_DIGIT] = 0.1
         loss = functional.cross_entropy(logits[crops].flatten(0, 1), wanted[crops].flatten(), weight=even)
         return loss, (logits[where, patch].argmax(-1) == digit).float().mean()

@@ -15,6 +15,9 @@ visual token a reply token should look at.
 
 from __future__ import annotations
 
+import bisect
+import io
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -22,20 +25,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyvips
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
+from ergo_server.imaging import view
+from ergo_server.imaging.decode import Pixels
+from ergo_server.imaging.file import Stop
 from ergo_server.imaging.geometry import FACTOR, Box, PixelBudget, Size
-from ergo_train import scenes
-from ergo_train.scenes import Landmark, Scene
+from ergo_server.imaging.header import ImageHeader
+from ergo_server.imaging.layout import WHOLE
+from ergo_train import hard_scenes, scenes
+from ergo_train.scenes import Edges, Kind, Landmark, Point, Query, Scene, centre
 
 LENGTH = 448
 """Tokens of one packed sample; branches that do not fit are left out."""
 
+BRANCHES = 4
+"""Conversations about one scene, at most."""
+
 VIEWS = 3
 """The overview and at most two crops."""
 
+BUDGET = PixelBudget(scenes.BUDGET)
 SLOTS = scenes.BUDGET
 """Visual tokens of one view, at most."""
 
@@ -50,7 +63,15 @@ DIGIT_WEIGHT = 4.0
 """Weight of digits in the loss: the words of a reply are learned at once and would drown them."""
 
 NO_CLASS = len(scenes.COLOURS) * len(scenes.SHAPES)
-NO_DIGIT = 10
+NO_DIGIT, DOT = 10, 11
+"""What a patch of a crop may show beside the digits 0 to 9."""
+
+Look = tuple[int, int]
+"""(attention head, position of the visual token to look at)."""
+
+Part = tuple[str, Sequence[Look]]
+"""A piece of a reply, and where its digits look: each at its own, or all at the only one."""
+
 INSTRUCTION = "\nReply with the code only."
 
 
@@ -65,14 +86,20 @@ def zoom_box(row: int, column: int, seen: Size) -> Box:
     return Box(max(0, x - REACH), max(0, y - REACH), min(seen.width, x + REACH), min(seen.height, y + REACH))
 
 
-def where_reply(row: int, column: int, box: Box) -> str:
+def places(cells: Sequence[tuple[int, int]]) -> str:
+    """Return how a reply names half tokens, one after the other."""
+    return ", ".join(f"row {row} column {column}" for row, column in cells)
+
+
+def where_reply(cells: Sequence[tuple[int, int]], box: Box) -> str:
     """Return the reply of the zoom turn."""
-    return f"<think>row {row} column {column}</think><zoom>[{box.x1}, {box.y1}, {box.x2}, {box.y2}]</zoom>"
+    return f"<think>{places(cells)}</think><zoom>[{box.x1}, {box.y1}, {box.x2}, {box.y2}]</zoom>"
 
 
-def answer_reply(row: int, column: int, code: str) -> str:
+def answer_reply(cells: Sequence[tuple[int, int]], query: Query) -> str:
     """Return the reply of the answer turn, or of the only turn."""
-    return f"<think>row {row} column {column}</think><answer>{code}</answer>"
+    counted = f", dots {query.read}" if query.kind == Kind.COUNT else ""
+    return f"<think>{places(cells)}{counted}</think><answer>{query.answer}</answer>"
 
 
 @dataclass(slots=True)
@@ -89,6 +116,19 @@ class View:
         """Map a point of the image into the view."""
         return (x - self.origin[0]) * self.scale[0], (y - self.origin[1]) * self.scale[1]
 
+    @property
+    def size(self) -> Size:
+        """Width and height in pixels."""
+        return Size(self.columns * FACTOR, self.rows * FACTOR)
+
+    def cell(self, place: Point) -> tuple[int, int]:
+        """Return the row and column, in half tokens, of a point of the image, clipped to the view."""
+        return self.cell_of(*self.at(*place))
+
+    def cell_of(self, x: float, y: float) -> tuple[int, int]:
+        """Return the row and column, in half tokens, of a point of the view, clipped to it."""
+        return cell(min(max(x, 0), self.size.width - 1), min(max(y, 0), self.size.height - 1))
+
     def token(self, x: float, y: float) -> int:
         """Return the visual token that shows a point of the image, clipped to the view."""
         vx, vy = self.at(x, y)
@@ -96,12 +136,48 @@ class View:
         return min(self.rows - 1, max(0, int(vy // FACTOR))) * self.columns + column
 
 
-def view_of(image: Image.Image, region: Box, resample: Image.Resampling) -> View:
-    """Cut ``region`` and resize it into the budget, as the server does."""
-    size = PixelBudget(scenes.BUDGET).view_size(region.size)
-    pixels = np.asarray(image.resize(size, resample, box=region.edges, reducing_gap=None))
-    scale = (size.width / region.size.width, size.height / region.size.height)
-    return View(pixels, size.height // FACTOR, size.width // FACTOR, (region.x1, region.y1), scale)
+class Picture:
+    """A drawn image, from which the server's own code cuts views: pixel for pixel what the engine is sent."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.size = Size(*image.size)
+        self._pixels = Pixels(pyvips.Image.new_from_array(np.asarray(image), interpretation="srgb"), None)
+        # What a file of these pixels would say of itself; only the size and the orientation matter once they are decoded.
+        self._header = ImageHeader(
+            self.size,
+            "png",
+            orientation=1,
+            animated=False,
+            by_row=True,
+            working_bytes=0,
+            pixel_bytes=3 * self.size.area,
+            max_scans=0,
+            pieces=WHOLE,
+        )
+
+    def overview(self) -> View:
+        """Return the whole within the budget."""
+        return self._view(view.overview(self._pixels, self._header, BUDGET, _unhurried()), Box.whole(self.size))
+
+    def crop(self, region: Box) -> View:
+        """Return a region within the budget."""
+        return self._view(view.crop(self._pixels, self._header, region, BUDGET, _unhurried()), region)
+
+    def close_up(self, region: Box) -> View:
+        """Return a region as the overview of an image that shows nothing else."""
+        x1, y1, x2, y2 = region.edges
+        alone = Picture(Image.fromarray(self._pixels.image.numpy()[y1:y2, x1:x2])).overview()
+        return View(alone.pixels, alone.rows, alone.columns, (x1, y1), alone.scale)
+
+    def _view(self, made: view.View, region: Box) -> View:
+        with Image.open(io.BytesIO(made.data)) as file:
+            pixels = np.asarray(file)
+        scale = (made.size.width / region.size.width, made.size.height / region.size.height)
+        return View(pixels, made.size.height // FACTOR, made.size.width // FACTOR, (region.x1, region.y1), scale)
+
+
+def _unhurried() -> Stop:
+    return Stop(math.inf)
 
 
 @dataclass(slots=True)
@@ -134,34 +210,34 @@ class Packer:
         self._is_digit = [t.isdigit() for t in (tokenizer.decode([i]) for i in range(tokenizer.get_vocab_size()))]
 
     def sample(self, rng: random.Random, scene: Scene) -> Sample:
-        """Pack up to five branches about ``scene``: two with both turns, the rest with one."""
+        """Pack up to four branches about ``scene``: two with both turns, the rest with one."""
         sample = Sample()
-        image = scene.image
-        whole = Box.whole(Size(*image.size))
+        picture = Picture(scene.image)
         close = rng.random() < 0.06
+        chosen = _chosen(rng, scene.queries)
         if close:  # a close-up as the whole image: fits the budget, so it is read without zoom
-            landmark = rng.choice(scene.landmarks)
-            view = view_of(image, self._around(image, landmark, rng), Image.Resampling.BICUBIC)
+            near = [query for query in chosen if len(query.path) == 1]
+            query = near[0] if near else chosen[0]
+            view = picture.close_up(self._around(picture.size, query.plate, rng))
         else:
-            view = view_of(image, whole, Image.Resampling.BICUBIC)
+            view = picture.overview()
         self._text(sample, 0, f"<|im_start|>system\n{self.prompts['zoom']['system']}<|im_end|>\n<|im_start|>user\n", 0)
         self._image(sample, 0, view, sample.positions[-1][0] + 1)
         start = sample.positions[-1][0] + max(view.rows, view.columns)
         self._text(sample, 0, "<|vision_end|>", start)
         if close:
-            self._hint_digits(sample, view, 0, landmark)
-            self._single(sample, 1, rng, scene, view, landmark, start + 1)
+            self._hint_marks(sample, view, 0, query)
+            self._single(sample, 1, rng, view, query, start + 1, path=query.path[-1:])
             return sample
         self._hint_landmarks(sample, view, scene.landmarks)
-        order = [*rng.sample(scene.landmarks, len(scene.landmarks)), *rng.choices(scene.landmarks, k=4)]
-        for number, landmark in enumerate(order[:4], start=1):
+        for number, query in enumerate(chosen[:BRANCHES], start=1):
             mark = len(sample.ids)
             if number <= 2:
-                self._zoom(sample, number, rng, scene, landmark, start + 1, both=True)
-            elif number == 4 and rng.random() < 0.3:
-                self._single(sample, number, rng, scene, view, landmark, start + 1)
+                self._zoom(sample, number, rng, scene, picture, query, start + 1, both=True)
+            elif number == BRANCHES and rng.random() < 0.3:
+                self._single(sample, number, rng, view, query, start + 1, path=query.path)
             else:
-                self._zoom(sample, number, rng, scene, landmark, start + 1, both=False)
+                self._zoom(sample, number, rng, scene, picture, query, start + 1, both=False)
             if len(sample.ids) > LENGTH:
                 self._forget(sample, mark)
         return sample
@@ -170,80 +246,123 @@ class Packer:
         """Return views and hints alone, for the vision part: the overview of ``scene``, if there is one, and close-ups."""
         sample = Sample()
         if scene is not None:
-            sample.views.append(view_of(scene.image, Box.whole(Size(*scene.image.size)), Image.Resampling.BICUBIC))
+            sample.views.append(Picture(scene.image).overview())
             self._hint_landmarks(sample, sample.views[0], scene.landmarks)
         for number in range(len(sample.views), VIEWS):
-            image, landmark = scenes.close_up(rng)
-            sample.views.append(view_of(image, Box.whole(Size(*image.size)), Image.Resampling.LANCZOS))
-            self._hint_digits(sample, sample.views[number], number, landmark)
+            if rng.random() < 0.4:
+                image, landmark = scenes.close_up(rng)
+                query = scenes.code_query(landmark)
+            else:
+                image, query = hard_scenes.close_up(rng)
+            picture = Picture(image)
+            sample.views.append(picture.crop(Box.whole(picture.size)))
+            self._hint_marks(sample, sample.views[number], number, query)
         return sample
 
     # --- branches ---------------------------------------------------------------------------------------------------
 
     def _zoom(
-        self, sample: Sample, branch: int, rng: random.Random, scene: Scene, landmark: Landmark, position: int, *, both: bool
+        self,
+        sample: Sample,
+        branch: int,
+        rng: random.Random,
+        scene: Scene,
+        picture: Picture,
+        query: Query,
+        position: int,
+        *,
+        both: bool,
     ) -> None:
-        view, image = sample.views[0], scene.image
+        view = sample.views[0]
         absent = rng.random() < 0.05
-        name = scenes.absent_name(rng, scene.landmarks) if absent else landmark.name
-        question = rng.choice(scenes.QUESTIONS).format(name)
-        x, y = view.at(*_middle(landmark))
+        question = query.asked(rng, scenes.absent_name(rng, scene.landmarks) if absent else None)
         jitter = 2.0 if both and rng.random() < 0.3 else 0.0
-        x, y = x + rng.gauss(0, jitter), y + rng.gauss(0, jitter)
-        seen = Size(view.columns * FACTOR, view.rows * FACTOR)
-        row, column = cell(min(max(x, 0), seen.width - 1), min(max(y, 0), seen.height - 1))
-        box = Box.whole(seen) if absent else zoom_box(row, column, seen)
-        unseen = f"<think>unseen</think><zoom>[0, 0, {seen.width}, {seen.height}]</zoom>"
-        reply = unseen if absent else where_reply(row, column, box)
+        seen = view.size
+        cells = [view.cell(place) for place in query.path]
+        if jitter:
+            x, y = view.at(*query.path[-1])
+            cells[-1] = view.cell_of(x + rng.gauss(0, jitter), y + rng.gauss(0, jitter))
+        box = Box.whole(seen) if absent else zoom_box(*cells[-1], seen)
         position = self._text(sample, branch, self.prompts["zoom"]["user"].format(question=question) + ASK, position)
         # A jittered place is not what the model should say, only what it should be able to read on from.
-        looks = [] if absent else [(0, self._slot(sample, 0, view.token(*_middle(landmark))))]
-        position = self._reply(sample, branch, reply, position, looks, learn=jitter == 0)
+        if absent:
+            parts: list[Part] = [(f"<think>unseen</think><zoom>[0, 0, {seen.width}, {seen.height}]</zoom>", ())]
+        else:
+            parts = self._paths(sample, view, 0, query.path, cells)
+            parts.append((where_reply(cells, box).removeprefix(f"<think>{places(cells)}"), ()))
+        position = self._reply(sample, branch, parts, position, learn=jitter == 0)
         if not both:
             return
-        crop = view_of(image, box.rescale(seen=seen, actual=Size(*image.size)), Image.Resampling.LANCZOS)
+        crop = picture.crop(box.rescale(seen=seen, actual=picture.size))
         position = self._text(sample, branch, "<|im_start|>user\n", position)
         number = len(sample.views)
         first = self._image(sample, branch, crop, position)
         position = self._text(sample, branch, "<|vision_end|>", position + 1 + max(crop.rows, crop.columns))
-        text = self.prompts["answer"]["user"].format(question=question, **self._extras(rng, landmark.code)) + ASK
+        text = self.prompts["answer"]["user"].format(question=question, **self._extras(rng, query)) + ASK
         position = self._text(sample, branch, text, position)
         if absent:
-            self._reply(sample, branch, f"<think>unseen</think><answer>{scenes.ABSENT}</answer>", position, [], learn=True)
+            self._reply(sample, branch, [(f"<think>unseen</think><answer>{scenes.ABSENT}</answer>", ())], position, learn=True)
             return
-        self._hint_digits(sample, crop, number, landmark)
-        self._read(sample, branch, crop, landmark, first, position)
+        self._hint_marks(sample, crop, number, query)
+        self._read(sample, branch, crop, query, first, position, query.path[-1:])
 
     def _single(
-        self, sample: Sample, branch: int, rng: random.Random, scene: Scene, view: View, landmark: Landmark, position: int
+        self,
+        sample: Sample,
+        branch: int,
+        rng: random.Random,
+        view: View,
+        query: Query,
+        position: int,
+        *,
+        path: tuple[Point, ...],
     ) -> None:
-        question = rng.choice(scenes.QUESTIONS).format(landmark.name)
-        text = self.prompts["single"]["user"].format(question=question, **self._extras(rng, landmark.code)) + ASK
+        text = self.prompts["single"]["user"].format(question=query.asked(rng), **self._extras(rng, query)) + ASK
         position = self._text(sample, branch, text, position)
-        self._read(sample, branch, view, landmark, self._slot(sample, 0, 0), position)
+        self._read(sample, branch, view, query, self._slot(sample, 0, 0), position, path)
 
-    def _read(self, sample: Sample, branch: int, view: View, landmark: Landmark, first: int, position: int) -> None:
-        seen = Size(view.columns * FACTOR, view.rows * FACTOR)
-        x, y = view.at(*_middle(landmark))
-        row, column = cell(min(max(x, 0), seen.width - 1), min(max(y, 0), seen.height - 1))
-        looks = [(0, first + view.token(*_middle(landmark)))] + [(1, first + view.token(*d)) for d in landmark.digits]
-        self._reply(sample, branch, answer_reply(row, column, landmark.code), position, looks, learn=True)
+    def _read(
+        self, sample: Sample, branch: int, view: View, query: Query, first: int, position: int, path: tuple[Point, ...]
+    ) -> None:
+        cells = [view.cell(place) for place in path]
+        parts = self._paths(sample, view, first, path, cells)
+        rest = answer_reply(cells, query).removeprefix(f"<think>{places(cells)}")
+        marks = [(1, first + view.token(*mark)) for mark in query.marks]
+        if query.kind == Kind.COUNT:
+            counted, rest = rest.split("</think>")
+            parts += [(counted, marks), ("</think>" + rest, ())]
+        else:
+            parts.append((rest, marks))
+        self._reply(sample, branch, parts, position, learn=True)
 
-    def _extras(self, rng: random.Random, code: str) -> dict[str, str]:
+    def _paths(
+        self, sample: Sample, view: View, first: int, path: Sequence[Point], cells: Sequence[tuple[int, int]]
+    ) -> list[Part]:
+        """Return the thinking of a reply: each place with the token that shows it."""
+        first = first or self._slot(sample, 0, 0)
+        parts: list[Part] = [("<think>", ())]
+        for number, (place, at) in enumerate(zip(path, cells, strict=True)):
+            parts.append((", " * (number > 0) + places([at]), [(0, first + view.token(*place))]))
+        return parts
+
+    def _extras(self, rng: random.Random, query: Query) -> dict[str, str]:
         choices = ""
         if rng.random() < 0.15:
-            codes = [code, *(f"{rng.randrange(1000):03d}" for _ in range(rng.randint(1, 3)))]
-            rng.shuffle(codes)
-            choices = "".join(f"\n({letter}) {c}" for letter, c in zip("ABCD", codes, strict=False))
-        return {"choices": choices, "instructions": INSTRUCTION if rng.random() < 0.04 else ""}
+            count = query.kind == Kind.COUNT
+            others = rng.sample([n for n in range(1, 10) if str(n) != query.answer], 3) if count else rng.sample(range(1000), 3)
+            answers = [query.answer, *(str(n) if count else f"{n:03d}" for n in others[: rng.randint(1, 3)])]
+            rng.shuffle(answers)
+            choices = "".join(f"\n({letter}) {answer}" for letter, answer in zip("ABCD", answers, strict=False))
+        wanted = rng.random() < 0.04 and query.kind != Kind.COUNT
+        return {"choices": choices, "instructions": INSTRUCTION if wanted else ""}
 
-    def _around(self, image: Image.Image, landmark: Landmark, rng: random.Random) -> Box:
-        """A square of 28–38 u about the landmark's plate, somewhat off its middle, inside the image."""
-        u = math.sqrt(image.width * image.height / scenes.BUDGET) / FACTOR
+    def _around(self, size: Size, plate: Edges, rng: random.Random) -> Box:
+        """A square of 28–38 u about a plate, somewhat off its middle, inside the image."""
+        u = math.sqrt(size.area / scenes.BUDGET) / FACTOR
         half = rng.uniform(14, 19) * u
-        x, y = (m + rng.uniform(-6, 6) * u for m in _middle(landmark))
+        x, y = (m + rng.uniform(-6, 6) * u for m in centre(plate))
         x1, y1 = int(max(0, x - half)), int(max(0, y - half))
-        return Box(x1, y1, int(min(image.width, x + half)), int(min(image.height, y + half)))
+        return Box(x1, y1, int(min(size.width, x + half)), int(min(size.height, y + half)))
 
     # --- tokens -----------------------------------------------------------------------------------------------------
 
@@ -265,21 +384,21 @@ class Packer:
             self._token(sample, branch, self.image_pad, place, slot=number * SLOTS + slot)
         return first
 
-    def _reply(
-        self, sample: Sample, branch: int, text: str, position: int, looks: Sequence[tuple[int, int]], *, learn: bool
-    ) -> int:
-        """Append a reply with its loss weights. Digits in the think part look at ``looks[0]``, those of a code at the rest."""
-        ids = self.tokenizer.encode(text + "<|im_end|>").ids
-        think = len(self.tokenizer.encode(text.split("</think>")[0]).ids)
-        rest = list(looks[1:])
-        for i, token in enumerate(ids):
+    def _reply(self, sample: Sample, branch: int, parts: Sequence[Part], position: int, *, learn: bool) -> int:
+        """Append a reply with its loss weights, and what its digits look at."""
+        text = "".join(part for part, _ in parts) + "<|im_end|>"
+        encoding = self.tokenizer.encode(text)
+        ends = list(itertools.accumulate(len(part) for part, _ in parts))
+        read = [0] * len(parts)
+        for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
             digit = self._is_digit[token]
-            if digit and learn and looks:
-                if i < think:
-                    sample.looks.append((looks[0][0], len(sample.ids) - 1, looks[0][1]))
-                elif rest:
-                    head, target = rest.pop(0)
-                    sample.looks.append((head, len(sample.ids) - 1, target))
+            if digit and learn:
+                number = bisect.bisect_right(ends, start)
+                looks = parts[number][1]
+                if looks:
+                    head, there = looks[0] if len(looks) == 1 else looks[read[number]]
+                    sample.looks.append((head, len(sample.ids) - 1, there))
+                    read[number] += 1
             self._token(sample, branch, token, (position,) * 3, weight=(DIGIT_WEIGHT if digit else 1.0) * learn)
             position += 1
         return self._text(sample, branch, "\n", position)
@@ -307,8 +426,8 @@ class Packer:
     def _hint_landmarks(self, sample: Sample, view: View, landmarks: Sequence[Landmark]) -> None:
         names = [f"{c} {s}" for c in scenes.COLOURS for s in scenes.SHAPES]
         for landmark in landmarks:
-            middle = view.token(*_middle(landmark))
-            x, y = view.at(*_middle(landmark))
+            middle = view.token(*centre(landmark.plate))
+            x, y = view.at(*centre(landmark.plate))
             half = (int(y % FACTOR) // CELL) * 2 + int(x % FACTOR) // CELL
             cx, cy = view.at(landmark.x, landmark.y)
             reach = landmark.diameter * view.scale[0] * 0.4
@@ -317,17 +436,25 @@ class Packer:
                 if token == middle or math.hypot(tx - cx, ty - cy) < reach:
                     sample.landmarks.append((0, token, names.index(landmark.name), half if token == middle else -1))
 
-    def _hint_digits(self, sample: Sample, view: View, number: int, landmark: Landmark) -> None:
-        for digit, place in zip(landmark.code, landmark.digits, strict=True):
+    def _hint_marks(self, sample: Sample, view: View, number: int, query: Query) -> None:
+        shown = [(place, DOT) for place in query.dots]
+        if query.kind != Kind.COUNT:
+            shown = [(place, int(digit)) for place, digit in zip(query.marks, query.read, strict=True)]
+        for place, kind in shown:
             x, y = view.at(*place)
-            if 0 <= x < view.columns * FACTOR and 0 <= y < view.rows * FACTOR:
+            if 0 <= x < view.size.width and 0 <= y < view.size.height:
                 patch = (int(y % FACTOR) // CELL) * 2 + int(x % FACTOR) // CELL
-                sample.digits.append((number, view.token(*place), patch, int(digit)))
+                sample.digits.append((number, view.token(*place), patch, kind))
 
 
 ASK = "<|im_end|>\n<|im_start|>assistant\n"
 
 
-def _middle(landmark: Landmark) -> tuple[float, float]:
-    x1, y1, x2, y2 = landmark.plate
-    return (x1 + x2) / 2, (y1 + y2) / 2
+def _chosen(rng: random.Random, queries: Sequence[Query]) -> list[Query]:
+    """Return queries to ask, `BRANCHES` at least: each kind as often as any other, and none twice before all were asked."""
+    chosen: list[Query] = []
+    while len(chosen) < BRANCHES:
+        left = [query for query in queries if query not in chosen] or list(queries)
+        kind = rng.choice(sorted({query.kind for query in left}))
+        chosen.append(rng.choice([query for query in left if query.kind == kind]))
+    return chosen

@@ -11,6 +11,7 @@ digit takes 3 × 5 pixels), and about nineteen pixels in a crop 30 u a side.
 
 from __future__ import annotations
 
+import enum
 import math
 import random
 from collections.abc import Callable
@@ -37,6 +38,13 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond")
 
+PAPERS: tuple[tuple[tuple[int, int, int], tuple[int, int, int]], ...] = (
+    ((250, 250, 248), (15, 15, 20)),
+    ((255, 255, 255), (40, 30, 30)),
+    ((238, 240, 244), (0, 0, 60)),
+)
+"""Plates and their ink."""
+
 SIZES = (
     (1120, 1120),
     (1400, 1400),
@@ -61,6 +69,11 @@ QUESTIONS = (
 )
 
 
+Point = tuple[float, float]
+Edges = tuple[float, float, float, float]
+"""x1, y1, x2, y2."""
+
+
 @dataclass(frozen=True, slots=True)
 class Landmark:
     """A coloured shape with a code in its middle. Lengths in pixels of the image."""
@@ -68,18 +81,60 @@ class Landmark:
     colour: str
     shape: str
     code: str
+    """Empty where the plate shows dots."""
     x: float
     y: float
     diameter: float
-    plate: tuple[float, float, float, float]
-    """x1, y1, x2, y2 of the white plate that carries the code."""
-    digits: tuple[tuple[float, float], ...]
+    plate: Edges
+    """The plate that carries the code."""
+    digits: tuple[Point, ...]
     """Centre of each digit."""
 
     @property
     def name(self) -> str:
         """As questions call it: "red circle"."""
         return f"{self.colour} {self.shape}"
+
+
+class Kind(enum.StrEnum):
+    """What a question asks for. All but the first are asked about the scenes of `hard_scenes` only."""
+
+    CODE = "code"
+    """the code on a landmark"""
+    COUNT = "count"
+    """how many dots a landmark carries"""
+    BESIDE = "beside"
+    """the code on a tag beside a landmark"""
+    RELATION = "relation"
+    """the code on the landmark beside a landmark"""
+    CHAIN = "chain"
+    """the code on a tag beside the landmark beside a landmark"""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Something to ask about a scene, and all that is true of its answer. Lengths in pixels of the image."""
+
+    kind: Kind
+    forms: tuple[str, ...]
+    """Ways to ask it, with ``{}`` for ``name``."""
+    name: str
+    """The landmark that the question names."""
+    answer: str
+    path: tuple[Point, ...]
+    """The places that lead to the answer, from the landmark that is named to the middle of the plate."""
+    plate: Edges
+    """The plate that the answer is on."""
+    read: str
+    """The three digits that are read off the plate: the code, or how many dots each of three rows has."""
+    marks: tuple[Point, ...]
+    """Where each of them is read."""
+    dots: tuple[Point, ...] = ()
+    """Centres of what is counted."""
+
+    def asked(self, rng: random.Random, name: str | None = None) -> str:
+        """Return one wording, of another landmark if ``name`` is given."""
+        return rng.choice(self.forms).format(name or self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +147,16 @@ class Scene:
     question: str
     answer: str
     target: Landmark
+    """The landmark that the question names."""
+    queries: tuple[Query, ...]
+    """All that can be asked."""
+    query: Query
+    """What ``question`` asks."""
 
     @property
     def box(self) -> tuple[int, int, int, int]:
         """The plate that answers the question, as x1, y1, x2, y2 in whole pixels of the image."""
-        x1, y1, x2, y2 = self.target.plate
+        x1, y1, x2, y2 = self.query.plate
         return (math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2))
 
 
@@ -110,24 +170,45 @@ def scene(seed: int, *, size: tuple[int, int] | None = None) -> Scene:
     rng = random.Random(seed)
     width, height = size or rng.choice(SIZES)
     u = math.sqrt(width * height / BUDGET) / 28
-    image = _background(rng, width, height)
+    image = background(rng, width, height)
     draw = ImageDraw.Draw(image)
-    spots = _spots(rng, width / u, height / u, rng.randint(2, 5))
-    _distractors(rng, draw, u, width, height, spots)
+    spots = spots_of(rng, width / u, height / u, rng.randint(2, 5))
+    distractors(rng, draw, u, width, height, spots)
     kinds = rng.sample([(c, s) for c in COLOURS for s in SHAPES], len(spots))
-    landmarks = tuple(_landmark(rng, image, u, x, y, *kind) for (x, y), kind in zip(spots, kinds, strict=True))
+    landmarks = tuple(draw_landmark(rng, image, u, x, y, *kind) for (x, y), kind in zip(spots, kinds, strict=True))
     target = rng.choice(landmarks)
-    question = rng.choice(QUESTIONS).format(target.name)
-    return Scene(seed, image, landmarks, question, target.code, target)
+    query = code_query(target)
+    return Scene(
+        seed, image, landmarks, query.asked(rng), query.answer, target, tuple(code_query(mark) for mark in landmarks), query
+    )
+
+
+def code_query(landmark: Landmark) -> Query:
+    """Return the question for the code on a landmark."""
+    return Query(
+        Kind.CODE,
+        QUESTIONS,
+        landmark.name,
+        landmark.code,
+        (centre(landmark.plate),),
+        landmark.plate,
+        landmark.code,
+        landmark.digits,
+    )
+
+
+def centre(edges: Edges) -> Point:
+    """Return the middle of a rectangle."""
+    return (edges[0] + edges[2]) / 2, (edges[1] + edges[3]) / 2
 
 
 def close_up(rng: random.Random) -> tuple[Image.Image, Landmark]:
     """Draw what a crop of a scene shows: one landmark with its plate somewhat off the middle. Cheap, for learning to read."""
     u = rng.uniform(5.5, 8.5)
     width, height = (30 * u * (rng.uniform(0.8, 1.0) if rng.random() < 0.2 else 1.0) for _ in range(2))
-    image = _background(rng, round(width), round(height))
+    image = background(rng, round(width), round(height))
     middle = (width / u / 2 + rng.uniform(-7.5, 7.5), height / u / 2 + rng.uniform(-7.5, 7.5))
-    return image, _landmark(rng, image, u, *middle, rng.choice(list(COLOURS)), rng.choice(SHAPES))
+    return image, draw_landmark(rng, image, u, *middle, rng.choice(list(COLOURS)), rng.choice(SHAPES))
 
 
 def absent_name(rng: random.Random, landmarks: tuple[Landmark, ...]) -> str:
@@ -136,12 +217,12 @@ def absent_name(rng: random.Random, landmarks: tuple[Landmark, ...]) -> str:
     return rng.choice([name for c in COLOURS for s in SHAPES if (name := f"{c} {s}") not in present])
 
 
-def _spots(rng: random.Random, width: float, height: float, count: int) -> list[tuple[float, float]]:
-    """Centres in u, at least 38 u apart and 18 u from the border; fewer than ``count`` where there is no room."""
-    spots: list[tuple[float, float]] = []
+def spots_of(rng: random.Random, width: float, height: float, count: int, apart: float = 38) -> list[Point]:
+    """Centres in u, at least ``apart`` u apart and 18 u from the border; fewer than ``count`` where there is no room."""
+    spots: list[Point] = []
     for _ in range(200):
         spot = (rng.uniform(18, width - 18), rng.uniform(18, height - 18))
-        if all(math.dist(spot, other) > 38 for other in spots):
+        if all(math.dist(spot, other) > apart for other in spots):
             spots.append(spot)
         if len(spots) == count:
             break
@@ -151,25 +232,25 @@ def _spots(rng: random.Random, width: float, height: float, count: int) -> list[
 # --- backgrounds and distractors: muted or thin, so that only landmarks are large and saturated -----------------------
 
 
-def _muted(rng: random.Random, low: int = 60, high: int = 215) -> tuple[int, int, int]:
+def muted(rng: random.Random, low: int = 60, high: int = 215) -> tuple[int, int, int]:
     grey = rng.randint(low, high)
     r, g, b = (max(0, min(255, grey + rng.randint(-18, 18))) for _ in range(3))
     return (r, g, b)
 
 
-def _background(rng: random.Random, width: int, height: int) -> Image.Image:
+def background(rng: random.Random, width: int, height: int) -> Image.Image:
     kind = rng.choice(("plain", "gradient", "clouds", "clouds", "stripes", "tiles"))
     if kind == "plain":
-        return Image.new("RGB", (width, height), _muted(rng))
+        return Image.new("RGB", (width, height), muted(rng))
     if kind in ("gradient", "clouds"):
         cells = (2, 2) if kind == "gradient" else (rng.randint(4, 9), rng.randint(4, 9))
         seed = Image.new("RGB", cells)
         centre = rng.randint(90, 185)
-        seed.putdata([_muted(rng, centre - 35, centre + 35) for _ in range(cells[0] * cells[1])])
+        seed.putdata([muted(rng, centre - 35, centre + 35) for _ in range(cells[0] * cells[1])])
         return seed.resize((width, height), Image.Resampling.BILINEAR)
-    image = Image.new("RGB", (width, height), _muted(rng))
+    image = Image.new("RGB", (width, height), muted(rng))
     draw = ImageDraw.Draw(image)
-    other, step = _muted(rng), max(width, height) / rng.randint(6, 24)
+    other, step = muted(rng), max(width, height) / rng.randint(6, 24)
     for i in range(math.ceil(width / step)):
         for j in range(math.ceil(height / step) if kind == "tiles" else 1):
             if (i + j) % 2:
@@ -178,7 +259,7 @@ def _background(rng: random.Random, width: int, height: int) -> Image.Image:
     return image
 
 
-def _distractors(
+def distractors(
     rng: random.Random,
     draw: ImageDraw.ImageDraw,
     u: float,
@@ -189,7 +270,7 @@ def _distractors(
     """Thin lines in any colour, grey shapes, and small blank plates; none of them near a landmark's middle."""
     for _ in range(rng.randint(0, 5)):
         points = [(rng.uniform(0, width), rng.uniform(0, height)) for _ in range(2)]
-        draw.line(points, fill=rng.choice([*COLOURS.values(), _muted(rng)]), width=max(1, round(rng.uniform(0.5, 1.5) * u)))
+        draw.line(points, fill=rng.choice([*COLOURS.values(), muted(rng)]), width=max(1, round(rng.uniform(0.5, 1.5) * u)))
     for _ in range(rng.randint(0, 6)):
         x, y, r = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(3, 13) * u
         if any(math.dist((x, y), (sx * u, sy * u)) < r + 18 * u for sx, sy in spots):
@@ -197,13 +278,13 @@ def _distractors(
         if rng.random() < 0.3:
             draw.rectangle((x - 5 * u, y - 3 * u, x + 5 * u, y + 3 * u), fill=(245, 245, 245))
         else:
-            _shape(draw, rng.choice(SHAPES), x, y, 2 * r, _muted(rng, 20, 235))
+            draw_shape(draw, rng.choice(SHAPES), x, y, 2 * r, muted(rng, 20, 235))
 
 
 # --- landmarks ----------------------------------------------------------------------------------------------------------
 
 
-def _shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, diameter: float, fill: tuple[int, int, int]) -> None:
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, diameter: float, fill: tuple[int, int, int]) -> None:
     r = diameter / 2
     if shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
@@ -215,22 +296,32 @@ def _shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, diameter: 
         draw.polygon([(x, y - 1.2 * r), (x + 1.2 * r, y), (x, y + 1.2 * r), (x - 1.2 * r, y)], fill=fill)
 
 
-def _landmark(rng: random.Random, image: Image.Image, u: float, x: float, y: float, colour: str, shape: str) -> Landmark:
+def draw_landmark(rng: random.Random, image: Image.Image, u: float, x: float, y: float, colour: str, shape: str) -> Landmark:
+    """Draw a landmark with its code; ``x`` and ``y`` in u."""
     x, y, diameter = x * u, y * u, rng.uniform(26, 32) * u
-    tint = tuple(max(0, min(255, c + rng.randint(-12, 12))) for c in COLOURS[colour])
-    _shape(ImageDraw.Draw(image), shape, x, y, diameter, (tint[0], tint[1], tint[2]))
+    paint(rng, image, x, y, diameter, colour, shape)
     code = f"{rng.randrange(1000):03d}"
     cx, cy = x + rng.uniform(-1.5, 1.5) * u, y + rng.uniform(-1.5, 1.5) * u + (1.5 * u if shape == "triangle" else 0)
     height, pitch = rng.uniform(2.8, 3.1) * u, rng.uniform(2.5, 3.0) * u
-    margin = 0.8 * u
-    plate = (cx - 1.5 * pitch - margin, cy - height / 2 - margin, cx + 1.5 * pitch + margin, cy + height / 2 + margin)
-    paper, ink = rng.choice((((250, 250, 248), (15, 15, 20)), ((255, 255, 255), (40, 30, 30)), ((238, 240, 244), (0, 0, 60))))
+    plate = plate_about(cx, cy, height, pitch, 0.8 * u)
+    paper, ink = rng.choice(PAPERS)
     ImageDraw.Draw(image).rectangle(plate, fill=paper)
     write = rng.choice(FACES)
     digits = tuple((cx + (i - 1) * pitch, cy) for i in range(3))
     for digit, (dx, dy) in zip(code, digits, strict=True):
         write(image, digit, dx, dy, height, ink)
     return Landmark(colour, shape, code, x, y, diameter, plate, digits)
+
+
+def paint(rng: random.Random, image: Image.Image, x: float, y: float, diameter: float, colour: str, shape: str) -> None:
+    """Paint a landmark without its plate, in a shade of its colour. Lengths in pixels of the image."""
+    tint = tuple(max(0, min(255, c + rng.randint(-12, 12))) for c in COLOURS[colour])
+    draw_shape(ImageDraw.Draw(image), shape, x, y, diameter, (tint[0], tint[1], tint[2]))
+
+
+def plate_about(x: float, y: float, height: float, pitch: float, margin: float) -> Edges:
+    """Return the plate of three digits about a point."""
+    return (x - 1.5 * pitch - margin, y - height / 2 - margin, x + 1.5 * pitch + margin, y + height / 2 + margin)
 
 
 # --- typefaces: Pillow's own outline font in four cuts, and one drawn from strokes, so that no font file is needed ------
@@ -248,11 +339,15 @@ _STROKES: dict[str, tuple[tuple[float, float], ...]] = {
     "9": ((0.95, 0.4), (0.25, 0.5), (0, 0.25), (0.25, 0), (0.7, 0), (1, 0.3), (0.7, 0.75), (0.1, 1)),
 }
 
-Face = Callable[[Image.Image, str, float, float, float, tuple[int, int, int]], None]
+Ink = tuple[int, int, int] | tuple[int]
+"""A colour in the bands of the image."""
+
+Face = Callable[[Image.Image, str, float, float, float, Ink], None]
+"""Writes a digit about a point: (image, digit, x, y, height, ink)."""
 
 
 def _printed(bold: float, width: float) -> Face:
-    def write(image: Image.Image, digit: str, x: float, y: float, height: float, ink: tuple[int, int, int]) -> None:
+    def write(image: Image.Image, digit: str, x: float, y: float, height: float, ink: Ink) -> None:
         # 0.72: the digits of Pillow's built-in font are 0.72 em high. Drawn large, then fitted to the very height asked for.
         font = ImageFont.load_default(64)
         stroke = round(bold * 46)
@@ -266,7 +361,7 @@ def _printed(bold: float, width: float) -> Face:
     return write
 
 
-def _stroked(image: Image.Image, digit: str, x: float, y: float, height: float, ink: tuple[int, int, int]) -> None:
+def _stroked(image: Image.Image, digit: str, x: float, y: float, height: float, ink: Ink) -> None:
     scale = 4
     h, w, pen = scale * height, scale * height * 0.6, scale * height * 0.18
     mask = Image.new("L", (math.ceil(w + pen), math.ceil(h)), 0)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from ergo_train import scenes
+from ergo_train import hard_scenes, scenes
 
 VOCABULARY = 512
 """At most; the corpus runs out of merges before that."""
@@ -79,6 +79,10 @@ def _corpus() -> Iterator[str]:
         yield "system\nLook closely."
         yield "assistant\n<think>row 0 column 0</think><zoom>[0, 0, 0, 0]</zoom>"
         yield "assistant\n<think>row 0 column 0</think><answer>0</answer>"
+    for kind, side, other in itertools.product(hard_scenes.FORMS, hard_scenes.SIDES, hard_scenes.SIDES):
+        for form in hard_scenes.FORMS[kind]:
+            yield "user\n" + form.format("red circle", side=side, other=other) + "\nWhere?"
+            yield "assistant\n<think>row 0 column 0, row 0 column 0, dots 0</think><answer>0</answer>"
     for word in ("unseen", scenes.ABSENT, "(A)", "(B)", "(C)", "(D)"):
         yield from itertools.repeat(f"<think>{word}</think><answer>{word}</answer>\n{word} 0", 20)
 

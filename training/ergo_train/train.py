@@ -1,8 +1,9 @@
 """Train ergo-mini: ``python -m ergo_train.train RUN_FOLDER`` (or ``make train``).
 
-First the vision part alone learns to see landmarks and digits, then everything learns the two turns. A run writes
-``RUN_FOLDER/state.pt`` every few minutes and goes on from it when started again; ``log.jsonl`` holds its curve. The scenes of
-step n depend on n only, so a resumed run sees what an unbroken one sees. At the end the checkpoint lies in
+First the vision part alone learns to see landmarks and digits, then everything learns the two turns, on the scenes of
+`scenes` and those of `hard_scenes` alike. ``--start`` goes on from the weights of another run instead, whatever words it knew.
+A run writes ``RUN_FOLDER/state.pt`` every few minutes and goes on from it when started again; ``log.jsonl`` holds its curve. The
+scenes of step n depend on n only, so a resumed run sees what an unbroken one sees. At the end the checkpoint lies in
 ``RUN_FOLDER/checkpoint``.
 """
 
@@ -20,15 +21,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ergo_train import hard_scenes, scenes, tokenizer
 from ergo_train import model as network
-from ergo_train import scenes, tokenizer
 from ergo_train.model import IMAGE_MEAN, IMAGE_STD, Batch, Trainee
 from ergo_train.samples import LENGTH, SLOTS, VIEWS, Packer, Sample, View
 
 PROMPTS = Path(__file__).parents[2] / "models" / "ergo_mini" / "prompts.toml"
+
+
+HARD_SHARE = 0.6
+"""Share of hard scenes: they hold five kinds of questions, the others one."""
 
 
 class Samples(Dataset[Sample]):
@@ -47,15 +53,17 @@ class Samples(Dataset[Sample]):
         rng = random.Random(f"sample {seed}")
         if seed < 0:
             return self.packer.sight(rng, None)
-        aspect = math.exp(rng.uniform(-0.6, 0.6))
+        hard = rng.random() < HARD_SHARE
+        draw = hard_scenes.hard_scene if hard else scenes.scene
+        aspect = math.exp(rng.uniform(-0.8, 0.8) if hard else rng.uniform(-0.6, 0.6))
         if seed < self.sights:
             area = rng.uniform(0.25e6, 0.4e6)
-        elif rng.random() < 0.85:  # most scenes have sizes that no list holds; small ones, since they are drawn faster
-            area = rng.uniform(1.2e6, 1.7e6)
+        elif rng.random() < 0.9:  # most scenes have sizes that no list holds; small ones, since they are drawn faster
+            area = rng.uniform(1.2e6, 1.6e6)
         else:
-            return self.packer.sample(rng, scenes.scene(seed))
+            return self.packer.sample(rng, draw(seed))
         size = (round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect)))
-        drawn = scenes.scene(seed, size=size)
+        drawn = draw(seed, size=size)
         return self.packer.sight(rng, drawn) if seed < self.sights else self.packer.sample(rng, drawn)
 
 
@@ -145,6 +153,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of the arithmetic")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights")
+    parser.add_argument("--start", type=Path, help="run folder whose weights to begin with")
+    parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16 (faster where the processor has AMX)")
     parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler; about 1.3 x)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; start again to go on")
     run(parser.parse_args())
@@ -164,6 +174,8 @@ def run(args: argparse.Namespace) -> None:
         trainee.load_state_dict(state["trainee"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+    elif args.start:
+        adopt(trainee, tokens, args.start)
     if args.compile:
         trainee.compile()
     total = args.see_steps + args.steps
@@ -184,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
         rate = learning_rate(local, length, args.rate, 200, 0.3 if seeing else args.decay)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        values = _step(trainee, batch, close_ups, optimizer, seeing=seeing)
+        values = _step(trainee, batch, close_ups, optimizer, seeing=seeing, bfloat16=args.bfloat16)
         history.append(values)
         step += 1
         now = time.monotonic()
@@ -220,13 +232,38 @@ def _seeds(step: int, args: argparse.Namespace) -> list[int]:
     return scene_seeds + [-1 - seed for seed in range(step * args.close_ups, step * args.close_ups + close_ups)]
 
 
+def adopt(trainee: Trainee, tokens: Tokenizer, run: Path) -> None:
+    """Take over the weights of another run: those of the same shape as they are, those of words that both know word by word.
+
+    What has another shape otherwise begins anew.
+    """
+    weights: dict[str, Tensor] = torch.load(run / "state.pt", weights_only=True)["trainee"]
+    known = Tokenizer.from_file(str(run / "checkpoint" / "tokenizer.json")).get_vocab()
+    mine = trainee.state_dict()
+    with torch.no_grad():
+        for name, value in mine.items():
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                for word, row in tokens.get_vocab().items():
+                    if word in known:
+                        value[row] = weights[name][known[word]]
+            elif value.shape == weights[name].shape:
+                value.copy_(weights[name])
+
+
 def _step(
-    trainee: Trainee, batch: Batch, close_ups: Batch | None, optimizer: torch.optim.Optimizer, *, seeing: bool
+    trainee: Trainee,
+    batch: Batch,
+    close_ups: Batch | None,
+    optimizer: torch.optim.Optimizer,
+    *,
+    seeing: bool,
+    bfloat16: bool = False,
 ) -> list[float]:
-    losses = trainee.look(batch) if seeing else trainee(batch)
-    loss: Tensor = losses.total
-    if close_ups is not None:
-        loss = loss + 2 * trainee.read_digits(close_ups)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        losses = trainee.look(batch) if seeing else trainee(batch)
+        loss: Tensor = losses.total
+        if close_ups is not None:
+            loss = loss + 2 * trainee.read_digits(close_ups)
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_([p for p in trainee.parameters() if p.grad is not None], 1.0)
     optimizer.step()
