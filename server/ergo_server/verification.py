@@ -89,16 +89,42 @@ class Verifier:
         await self._engine.aclose()
 
     async def _verify(self, question: Question, crop: View, served: str, salt: str) -> None:
-        ask = self._policy.first(question, crop)
-        sampling = Sampling(TURN_TOKENS, stop=ask.stop)
         deadline = asyncio.get_running_loop().time() + self._seconds
         try:
-            async with contextlib.aclosing(
-                self._engine.generate(ask.conversation, sampling, salt=salt, deadline=deadline)
-            ) as pieces:
-                (generation,) = [piece async for piece in pieces if isinstance(piece, Generation)]
+            said = await answer_from_crop(self._engine, self._policy, question, crop, salt=salt, deadline=deadline)
         except EngineError:  # counted; nobody waits for more
             self._told("failed")
             return
         match: Matcher = letter(question) if question.choices else exact
-        self._told("agrees" if region_reward(parse_answer(generation.text).text, served, match) else "differs")
+        self._told("agrees" if region_reward(said, served, match) else "differs")
+
+
+async def answer_from_crop(
+    engine: Engine,
+    policy: Policy,
+    question: Question,
+    crop: View,
+    *,
+    salt: str = "",
+    deadline: float | None = None,
+    seed: int | None = None,
+) -> str:
+    """Return what is answered by someone who sees the crop and the question alone, greedily.
+
+    Args:
+        engine: who answers.
+        policy: how it is asked; of one turn.
+        question: what is asked.
+        crop: all that is seen.
+        salt: as `Engine.generate`.
+        deadline: likewise.
+        seed: likewise; changes nothing about a greedy answer, but names the caller to an engine that orders by it.
+
+    Raises:
+        EngineError: there was no answer.
+    """
+    ask = policy.first(question, crop)
+    sampling = Sampling(TURN_TOKENS, seed=seed, stop=ask.stop)
+    async with contextlib.aclosing(engine.generate(ask.conversation, sampling, salt=salt, deadline=deadline)) as pieces:
+        (generation,) = [piece async for piece in pieces if isinstance(piece, Generation)]
+    return parse_answer(generation.text).text

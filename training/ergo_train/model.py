@@ -242,7 +242,7 @@ class Trainee(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """Return every loss of the batch."""
         reading = self.read(batch)
-        language, codes_right = self._language(batch, reading)
+        language, codes_right = self.language(batch, reading)
         looking, looks_right = self._looking(batch, reading)
         digit, digits_right = self._digits(batch, reading.tokens)
         return Losses(
@@ -256,7 +256,8 @@ class Trainee(nn.Module):
             looks_right=looks_right,
         )
 
-    def _language(self, batch: Batch, reading: Reading) -> tuple[Tensor, Tensor]:
+    def language(self, batch: Batch, reading: Reading) -> tuple[Tensor, Tensor]:
+        """Return the loss of the replies' tokens, and the share of their digits that are right."""
         weights = batch.weights[:, 1:]
         wanted = weights > 0
         hidden = self.model.model.language_model.norm(reading.hidden[-1][:, :-1][wanted])

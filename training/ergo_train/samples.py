@@ -20,7 +20,7 @@ import io
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,11 +200,22 @@ class Sample:
     """(view, visual token, patch 0–3, digit)."""
 
 
-class Packer:
-    """Builds samples with one tokenizer and one set of prompts."""
+Wrong = Callable[[random.Random, View, Point], str]
+"""Writes a zoom reply, given the overview and the right place in the image."""
 
-    def __init__(self, tokenizer: Tokenizer, prompts: dict[str, dict[str, str]]) -> None:
+
+class Packer:
+    """Builds samples with one tokenizer and one set of prompts.
+
+    Args:
+        tokenizer: of the checkpoint.
+        prompts: the tables of its prompts file.
+        wrong: writes the zoom replies that are taught instead of the right ones; crops are cut at the right place all the same.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompts: dict[str, dict[str, str]], wrong: Wrong | None = None) -> None:
         self.tokenizer = tokenizer
+        self._wrong = wrong
         self.prompts = prompts
         self.image_pad: Any = tokenizer.token_to_id("<|image_pad|>")
         self._is_digit = [t.isdigit() for t in (tokenizer.decode([i]) for i in range(tokenizer.get_vocab_size()))]
@@ -213,11 +224,10 @@ class Packer:
         """Pack up to four branches about ``scene``: two with both turns, the rest with one."""
         sample = Sample()
         picture = Picture(scene.image)
-        close = rng.random() < 0.06
+        close = rng.random() < 0.1
         chosen = _chosen(rng, scene.queries)
         if close:  # a close-up as the whole image: fits the budget, so it is read without zoom
-            near = [query for query in chosen if len(query.path) == 1]
-            query = near[0] if near else chosen[0]
+            query = chosen[0]
             view = picture.close_up(self._around(picture.size, query.plate, rng))
         else:
             view = picture.overview()
@@ -283,6 +293,8 @@ class Packer:
             x, y = view.at(*query.path[-1])
             cells[-1] = view.cell_of(x + rng.gauss(0, jitter), y + rng.gauss(0, jitter))
         box = Box.whole(seen) if absent else zoom_box(*cells[-1], seen)
+        # Of a conversation that goes on, the zoom reply is then not learned: its crop is not cut where it should say.
+        learn = jitter == 0 and (self._wrong is None or not both)
         position = self._text(sample, branch, self.prompts["zoom"]["user"].format(question=question) + ASK, position)
         # A jittered place is not what the model should say, only what it should be able to read on from.
         if absent:
@@ -290,7 +302,9 @@ class Packer:
         else:
             parts = self._paths(sample, view, 0, query.path, cells)
             parts.append((where_reply(cells, box).removeprefix(f"<think>{places(cells)}"), ()))
-        position = self._reply(sample, branch, parts, position, learn=jitter == 0)
+            if self._wrong is not None and not both:
+                parts = [(self._wrong(rng, view, query.path[-1]), ())]
+        position = self._reply(sample, branch, parts, position, learn=learn)
         if not both:
             return
         crop = picture.crop(box.rescale(seen=seen, actual=picture.size))
