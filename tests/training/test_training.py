@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
+import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from support import PROMPTS
+from asking import client, scripted
+from support import PROMPTS, encode
 from transformers import AutoTokenizer
 
 from ergo_train import model as network
 from ergo_train import samples, tokenizer, train
+from ergo_train.hard_scenes import hard_scene
 from ergo_train.samples import Packer
-from ergo_train.scenes import scene
+from ergo_train.scenes import Scene, scene
 
 
 def _packer(folder: Path) -> Packer:
@@ -30,14 +35,15 @@ def _large_weights(trainee: network.Trainee) -> None:
                 parameter.normal_(0, 0.1)
 
 
+@pytest.mark.parametrize("draw", [scene, hard_scene])
 @pytest.mark.parametrize("seed", [3, 4, 5])
-def test_a_packed_branch_is_the_conversation_alone(seed: int, tmp_path: Path) -> None:
+def test_a_packed_branch_is_the_conversation_alone(seed: int, draw: Callable[..., Scene], tmp_path: Path) -> None:
     """Every branch of a packed sample has the hidden states that transformers computes for that conversation by itself."""
     torch.manual_seed(0)
     packer = _packer(tmp_path)
     trainee = network.Trainee(network.build(packer.tokenizer)).eval()
     _large_weights(trainee)
-    batch = train.collate([packer.sample(random.Random(seed), scene(seed, size=(1280, 1100)))])
+    batch = train.collate([packer.sample(random.Random(seed), draw(seed, size=(1280, 1100)))])
     with torch.inference_mode():
         packed = trainee.model.model.language_model.norm(trainee.read(batch).hidden[-1])[0]
         for branch in range(1, int(batch.branch.max()) + 1):
@@ -79,12 +85,48 @@ def test_a_branch_spells_the_conversation_of_the_chat_template(tmp_path: Path) -
 def test_hints_point_at_what_they_name(tmp_path: Path) -> None:
     """Every reply token that must look has a visual token of its own conversation to look at, before it."""
     packer = _packer(tmp_path)
-    for seed in range(8):
-        sample = packer.sample(random.Random(seed), scene(seed))
+    for seed, draw in itertools.product(range(8), (scene, hard_scene)):
+        sample = packer.sample(random.Random(seed), draw(seed, size=(1280, 1100)))
         for _, here, there in sample.looks:
             assert there < here
             assert sample.slots[there] >= 0
             assert sample.branch[there] in (0, sample.branch[here])
+
+
+@pytest.mark.parametrize("draw", [scene, hard_scene])
+def test_the_trainer_and_the_server_hold_one_conversation(draw: Callable[..., Scene], tmp_path: Path) -> None:
+    """For the same image, question and replies, what the server sends is byte for byte what training showed: text and views."""
+    packer = _packer(tmp_path)
+    network.save(network.build(packer.tokenizer), tmp_path)
+    template = AutoTokenizer.from_pretrained(tmp_path)
+    compared = 0
+    for seed in range(12):
+        made = draw(seed, size=(1280, 1100))
+        sample = packer.sample(random.Random(seed), made)
+        chosen = [token for token, branch in zip(sample.ids, sample.branch, strict=True) if branch <= 1]
+        text = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", packer.tokenizer.decode(chosen, skip_special_tokens=False))
+        said = re.fullmatch(r".*<\|vision_end\|>(.*)\nWhere\?.*?assistant\n(.*?)<\|im_end.*(\nAnswer\..*)", text, re.DOTALL)
+        if said is None or "(A)" in text or "Reply with" in text:
+            continue  # read without zoom, or with choices: the question would have to be taken apart
+        question, zoom = said[1], said[2]
+        engine = scripted(zoom, re.findall(r"assistant\n(.*?)<\|im_end", text, re.DOTALL)[1])
+        with client(engine, prompts=PROMPTS) as server:
+            server.post("/v1/vqa", files={"image": encode(made, "PNG")}, data={"question": question}).raise_for_status()
+        conversation = engine.calls[1][0].assistant(engine.script(engine.calls[1][0], engine.calls[1][1]))  # type: ignore[arg-type]
+        messages = [
+            {
+                "role": m.role,
+                "content": [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in m.parts],
+            }
+            for m in conversation.messages
+        ]
+        assert template.apply_chat_template(messages, tokenize=False) == text
+        views = sorted(
+            {slot // samples.SLOTS for slot, b in zip(sample.slots, sample.branch, strict=True) if slot >= 0 and b <= 1}
+        )
+        assert [view.data for view in conversation.views] == [sample.views[number].data for number in views]
+        compared += 1
+    assert compared >= 4
 
 
 def _arguments(folder: Path, steps: int) -> argparse.Namespace:

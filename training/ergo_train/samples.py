@@ -106,6 +106,8 @@ def answer_reply(cells: Sequence[tuple[int, int]], query: Query) -> str:
 class View:
     """One view of the image with what it shows."""
 
+    data: bytes
+    """The file that the server would send."""
     pixels: NDArray[np.uint8]
     rows: int
     columns: int
@@ -167,13 +169,13 @@ class Picture:
         """Return a region as the overview of an image that shows nothing else."""
         x1, y1, x2, y2 = region.edges
         alone = Picture(Image.fromarray(self._pixels.image.numpy()[y1:y2, x1:x2])).overview()
-        return View(alone.pixels, alone.rows, alone.columns, (x1, y1), alone.scale)
+        return View(alone.data, alone.pixels, alone.rows, alone.columns, (x1, y1), alone.scale)
 
     def _view(self, made: view.View, region: Box) -> View:
         with Image.open(io.BytesIO(made.data)) as file:
             pixels = np.asarray(file)
         scale = (made.size.width / region.size.width, made.size.height / region.size.height)
-        return View(pixels, made.size.height // FACTOR, made.size.width // FACTOR, (region.x1, region.y1), scale)
+        return View(made.data, pixels, made.size.height // FACTOR, made.size.width // FACTOR, (region.x1, region.y1), scale)
 
 
 def _unhurried() -> Stop:
