@@ -113,13 +113,16 @@ def test_tags_are_hidden_in_the_overview_and_plain_in_the_crop(monkeypatch: pyte
 def _moved(views: list[View], plate: Edges) -> NDArray[np.float64]:
     """Return by how many levels the pixels of a plate differ."""
     (x1, y1), (x2, y2) = views[0].at(*plate[:2]), views[0].at(*plate[2:])
-    parts = [view.pixels[int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)].astype(float) for view in views]
-    return np.abs(parts[0] - parts[1])
+    one, other = (view.pixels[int(y1) : math.ceil(y2), int(x1) : math.ceil(x2)].astype(np.float64) for view in views)
+    moved: NDArray[np.float64] = np.abs(one - other)
+    return moved
 
 
 def _box(plate: Edges, size: tuple[int, int]) -> Box:
     x, y = centre(plate)
-    return Box(int(x) - 85, int(y) - 85, int(x) + 85, int(y) + 85).clamp(Size(*size))
+    box = Box(int(x) - 85, int(y) - 85, int(x) + 85, int(y) + 85).clamp(Size(*size))
+    assert box is not None
+    return box
 
 
 def test_a_plate_of_dots_is_as_dark_however_many_there_are() -> None:

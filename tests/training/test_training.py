@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_the_trainer_and_the_server_hold_one_conversation(draw: Callable[..., Sc
         with client(engine, prompts=PROMPTS) as server:
             server.post("/v1/vqa", files={"image": encode(made, "PNG")}, data={"question": question}).raise_for_status()
         conversation = engine.calls[1][0].assistant(engine.script(engine.calls[1][0], engine.calls[1][1]))  # type: ignore[arg-type]
-        messages = [
+        messages: list[Any] = [
             {
                 "role": m.role,
                 "content": [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in m.parts],
