@@ -396,7 +396,7 @@ class Trainer:
                     work=work,
                 )
                 rolled = time.monotonic()
-                line = report(groups, self.config.reward) | self._learn(groups)
+                line = report(groups, self.config.reward) | self.learn(groups)
                 self.step += 1
                 if isinstance(engine, VllmEngine):
                     await self._hand_over()
@@ -434,7 +434,7 @@ class Trainer:
         network = loaded.network.to(self.accelerator.device).eval().requires_grad_(False)
         return Reader(BatchEngine(network, loaded.encoder, longest=longest), policy)
 
-    def _learn(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+    def learn(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         """Change the weights by one step's rollouts."""
         table = self.config.training
         worths = [[self.config.reward.worth(rollout.rewards) for rollout in group] for group in groups]
