@@ -156,7 +156,7 @@ def test_a_conversation_is_scored_in_a_batch_as_it_is_alone() -> None:
 
 
 def test_the_crop_moves_the_scores_of_the_answer_alone() -> None:
-    """With another crop the answer is less likely, and the zoom reply as likely as before: it was written before there was one."""
+    """With another crop the answer is less likely, and the zoom reply as likely as before: no crop was there yet."""
     [[rollout], [other], _] = spoken(3)
     messages = list(rollout.conversation.messages)
     _, foreign = other.conversation.views

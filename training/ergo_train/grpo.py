@@ -30,7 +30,7 @@ import os
 import random
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -371,39 +371,47 @@ class Trainer:
     async def run(self, *, minutes: float = math.inf) -> None:
         """Train until the steps are done or the minutes are over."""
         end = time.monotonic() + minutes * 60
-        async with contextlib.AsyncExitStack() as stack:
-            engine = self._engine()
-            stack.push_async_callback(engine.aclose)
-            judge = self._judge()
-            if judge.engine is not None:
-                stack.push_async_callback(judge.engine.aclose)
-            work = ImageWork(threads=os.cpu_count() or 1, wait_seconds=PATIENCE.turn, decode_seconds=PATIENCE.turn)
-            stack.callback(work.close)
-            pipeline = Pipeline(
-                engine, ErgoPolicy(self._profile.prompts), SinglePolicy(self._profile.prompts), deadlines=PATIENCE
-            )
+        async with self._rolling() as roll:
             while self.step < self.config.training.steps and time.monotonic() < end:
                 started = time.monotonic()
-                groups = await roll_out(
-                    pipeline,
-                    judge,
-                    self._problems(),
-                    group=self.config.rollouts.group,
-                    budget=PixelBudget(self.config.model.visual_tokens),
-                    temperature=self.config.rollouts.temperature,
-                    seed=(self.config.seed << 32) + self.step * 100_003 + self.accelerator.process_index * 10_007,
-                    gamma=self.config.reward.gamma,
-                    work=work,
-                )
+                groups = await roll()
                 rolled = time.monotonic()
                 line = report(groups, self.config.reward) | self.learn(groups)
                 self.step += 1
-                if isinstance(engine, VllmEngine):
-                    await self._hand_over()
-                line |= {"rollouts_s": rolled - started, "learning_s": time.monotonic() - rolled}
-                self._log(line)
+                if self.config.rollouts.engine:
+                    await self._hand_over(self.config.rollouts.engine)
+                self._log(line | {"rollouts_s": rolled - started, "learning_s": time.monotonic() - rolled})
                 if self.step % self.config.training.save_every == 0 or self.step == self.config.training.steps:
                     self.save()
+
+    async def roll(self) -> list[list[Rollout]]:
+        """Return the rollouts that the next step would learn from: for each of its questions a group."""
+        async with self._rolling() as roll:
+            return await roll()
+
+    @contextlib.asynccontextmanager
+    async def _rolling(self) -> AsyncIterator[Callable[[], Awaitable[list[list[Rollout]]]]]:
+        """Hold what rollouts need; yields what makes those of the step that is next then."""
+        async with contextlib.AsyncExitStack() as stack:
+            engine, judge = self._engine(), self._judge()
+            for one in (engine, judge.engine):
+                if one is not None:
+                    stack.push_async_callback(one.aclose)
+            work = ImageWork(threads=os.cpu_count() or 1, wait_seconds=PATIENCE.turn, decode_seconds=PATIENCE.turn)
+            stack.callback(work.close)
+            prompts = self._profile.prompts
+            pipeline = Pipeline(engine, ErgoPolicy(prompts), SinglePolicy(prompts), deadlines=PATIENCE)
+            yield lambda: roll_out(
+                pipeline,
+                judge,
+                self._problems(),
+                group=self.config.rollouts.group,
+                budget=PixelBudget(self.config.model.visual_tokens),
+                temperature=self.config.rollouts.temperature,
+                seed=(self.config.seed << 32) + self.step * 100_003 + self.accelerator.process_index * 10_007,
+                gamma=self.config.reward.gamma,
+                work=work,
+            )
 
     def _problems(self) -> list[Problem]:
         """The questions of this step that are this process's."""
@@ -440,15 +448,15 @@ class Trainer:
         worths = [[self.config.reward.worth(rollout.rewards) for rollout in group] for group in groups]
         gains = [gain for group in advantages(worths) for gain in group]
         rollouts = [rollout for group in groups for rollout in group]
-        encoded = [self._encoded(rollout) for rollout in rollouts]
+        encoded = [self.encoded(rollout) for rollout in rollouts]
         parts = [slice(start, start + table.together) for start in range(0, len(encoded), table.together)]
         tokens = sum(int(conversation.written[1:].sum()) for conversation in encoded)
         everywhere = self.accelerator.reduce(torch.tensor(float(tokens), device=self.accelerator.device)).item()
         share = everywhere / self.accelerator.num_processes  # gradients are averaged over processes, not summed
         said = sum(turn.generation.usage.completion_tokens for rollout in rollouts for turn in rollout.result.turns)
         self.scorer.train()
-        reference = [self._scores(self._reference, encoded[part]) for part in parts]
-        old = [self._scores(self.scorer, encoded[part]) for part in parts] if table.updates > 1 else None
+        reference = [self.scores(self._reference, encoded[part]) for part in parts]
+        old = [self.scores(self.scorer, encoded[part]) for part in parts] if table.updates > 1 else None
         rate = table.rate * min(1.0, (self.step + 1) / (table.warmup + 1))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -476,7 +484,8 @@ class Trainer:
             "rate": rate,
         }
 
-    def _encoded(self, rollout: Rollout) -> Encoded:
+    def encoded(self, rollout: Rollout) -> Encoded:
+        """Return a rollout as tokens, with what the model wrote marked."""
         turns = [turn.generation for turn in rollout.result.turns]
         ended = [g.finish_reason == "stop" and not g.text.endswith(("</zoom>", "</answer>")) for g in turns]
         return self.encoder.whole(rollout.conversation, ended)
@@ -487,17 +496,18 @@ class Trainer:
         return padded(part, self._pad, device, left=False), written.to(device)
 
     @torch.no_grad()
-    def _scores(self, scorer: nn.Module, part: Sequence[Encoded]) -> Tensor:
+    def scores(self, scorer: nn.Module, part: Sequence[Encoded]) -> Tensor:
+        """Return the logarithms of the chances of what was written; see `Scorer`."""
         with self.accelerator.autocast():
             scores: Tensor = scorer(*self._inputs(part))
         return scores
 
-    async def _hand_over(self) -> None:
+    async def _hand_over(self, url: str) -> None:
         """Have vLLM take the new weights over, and forget what it computed with the old."""
         folder = (self.folder / "serving").absolute()
         self.write_checkpoint(folder)
         if self.accelerator.is_main_process:
-            async with httpx2.AsyncClient(base_url=str(self.config.rollouts.engine), timeout=600) as client:
+            async with httpx2.AsyncClient(base_url=url, timeout=600) as client:
                 reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
                 (await client.post("/collective_rpc", json=reload)).raise_for_status()
                 for cache in ("prefix", "mm", "encoder"):
