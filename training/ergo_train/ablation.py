@@ -33,7 +33,7 @@ from ergo_train.train import PROMPTS, collate
 
 CHECKPOINT = PROMPTS.parent / "checkpoint"
 
-WANDER = 40.0
+WANDER = 14.0
 """Standard deviation, in pixels of the overview, of where the start is taught to look: a plate is 10 wide, a view about 196."""
 
 SIDES = (24, 150)
@@ -70,7 +70,7 @@ ARMS = {
 visual tokens, ergo-mini's at 49, and cannot be satisfied by the whole image."""
 
 
-def make_start(checkpoint: Path, folder: Path, *, steps: int = 150, seed: int = 0) -> None:
+def make_start(checkpoint: Path, folder: Path, *, steps: int, seed: int = 0) -> None:
     """Teach a good checkpoint to look at random boxes about the right place, and leave its reading as it is.
 
     Args:
@@ -83,7 +83,7 @@ def make_start(checkpoint: Path, folder: Path, *, steps: int = 150, seed: int = 
     tokens = loaded.encoder.tokenizer.backend_tokenizer
     trainee = Trainee(loaded.network)
     loaded.network.model.visual.requires_grad_(False)
-    packer = Packer(tokens, tomllib.loads(PROMPTS.read_text(encoding="utf-8")), _astray)
+    packer = Packer(tokens, tomllib.loads(PROMPTS.read_text(encoding="utf-8")), astray)
     weights = [weight for weight in loaded.network.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=3e-4, weight_decay=0.0)
     for step in range(steps):
@@ -109,7 +109,8 @@ def _sample(packer: Packer, seed: str) -> Sample:
     return packer.sample(rng, draw(rng.randrange(scenes.HELD_OUT), size=(1200, 1050)))
 
 
-def _astray(rng: random.Random, view: View, place: Point) -> str:
+def astray(rng: random.Random, view: View, place: Point) -> str:
+    """Return a zoom reply for a box about a point of the image, by chance off it and of any size."""
     x, y = view.at(*place)
     x = min(max(x + rng.gauss(0, WANDER), 0), view.size.width - 1)
     y = min(max(y + rng.gauss(0, WANDER), 0), view.size.height - 1)
@@ -178,7 +179,8 @@ def plot(folder: Path, arms: Sequence[str], seeds: Sequence[int], out: Path) -> 
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for arm in arms:
-        logs = [[json.loads(line) for line in (folder / arm / str(seed) / "log.jsonl").open()] for seed in seeds]
+        files = [folder / arm / str(seed) / "log.jsonl" for seed in seeds]
+        logs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
         for axis, name, title in zip(
             axes, ("accuracy", "area", "format"), ("right", "region, share of image", "r_format"), strict=True
         ):
@@ -199,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
     """Do what the command line says."""
     start = args.folder / "start"
     if not (start / "model.safetensors").exists():
-        make_start(args.checkpoint, start)
+        make_start(args.checkpoint, start, steps=args.start_steps)
     for seed in range(args.seeds):
         for arm in args.arm:
             run_arm(arm, seed, args.steps, start, args.folder / arm / str(seed))
@@ -212,19 +214,25 @@ def run(args: argparse.Namespace) -> None:
         plot(args.folder, args.arm, range(args.seeds), args.plot)
 
 
-def main() -> None:
-    """Run or resume the ablation."""
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="the good one to begin with")
     parser.add_argument("--arm", action="append", choices=ARMS, help="may stand several times (all)")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--start-steps", type=int, default=150, help="of teaching it to look astray (%(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="of GRPO (%(default)s)")
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes (%(default)s)")
     parser.add_argument("--plot", type=Path, help="where to draw the curves")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     args.arm = args.arm or list(ARMS)
-    run(args)
+    return args
+
+
+def main() -> None:
+    """Run or resume the ablation."""
+    run(arguments())
 
 
 if __name__ == "__main__":
