@@ -11,6 +11,7 @@
 #   make load           load tests in short, against real vLLM (minutes; docs/load-tests.md), and what they found in .cache/load
 #   make soak           ten minutes of load, in which nothing may grow
 #   make train          train ergo-mini again (hours on two cores; RUN names the folder, and goes on where it stopped)
+#   make grpo           spoil ergo-mini, and mend it with the paper's rewards alone (minutes; GRPO_RUN names the folder)
 #   make evaluate       the table of the model card, against a server that is already running at URL
 #
 # On a machine where pip's index offers only GPU builds of torch, name an index that has the CPU build in PIP_EXTRA_INDEX_URL.
@@ -19,10 +20,11 @@ PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
 RUN ?= runs/ergo-mini
+GRPO_RUN ?= runs/grpo
 URL ?= http://$(HOST):$(PORT)
 BIN := .venv/bin
 
-.PHONY: run test observability-test image-test check bench bench-images attack load soak train evaluate clean
+.PHONY: run test observability-test image-test check bench bench-images attack load soak train grpo evaluate clean
 .DELETE_ON_ERROR:
 
 run: .venv/.embedded
@@ -59,6 +61,9 @@ soak: .venv/.dev .venv-vllm/.tried
 
 train: .venv/.dev
 	$(BIN)/python -m ergo_train.train $(RUN)
+
+grpo: .venv/.dev
+	$(BIN)/python -m ergo_train.ablation $(GRPO_RUN) --arm full --seeds 1 --start-steps 80 --steps 30 --scenes 100
 
 evaluate: .venv/.embedded
 	$(BIN)/python -m ergo_train.evaluate --url $(URL)

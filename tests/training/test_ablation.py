@@ -25,8 +25,8 @@ SPOKEN = re.compile(r"<think>row \d+ column \d+(</think>)?<zoom>\[(\d+), (\d+), 
 
 
 def test_the_start_is_taught_boxes_about_the_right_place() -> None:
-    """They lie within the view, are from less than a good box to most of it, wander about the target, and two in five replies do
-    not end their thinking."""
+    """They lie within the view, wander about the target, most do not hold it well, and two in five replies do not end their
+    thinking."""
     rng = random.Random(1)
     made = scene(3, size=(1200, 1200))
     view = Picture(made.image).overview()
@@ -43,8 +43,8 @@ def test_the_start_is_taught_boxes_about_the_right_place() -> None:
     x, y = view.at(*place)
     assert np.abs(np.median((boxes[:, 0] + boxes[:, 2]) / 2) - x) < WANDER / 2
     assert np.abs(np.median((boxes[:, 1] + boxes[:, 3]) / 2) - y) < WANDER / 2
-    inside = (boxes[:, 0] < x) & (x < boxes[:, 2]) & (boxes[:, 1] < y) & (y < boxes[:, 3])
-    assert 0.1 < inside.mean() < 0.7
+    good = np.abs(boxes - np.array([x - 15, y - 15, x + 15, y + 15])).max(1) < 6
+    assert 0.01 < good.mean() < 0.4
 
 
 def test_where_the_start_is_taught_to_look_astray_its_reading_is_left_alone() -> None:
