@@ -47,11 +47,11 @@ NOT_RUN = {
     "    --data kind=json_file,path=load-pictures/guidellm.json --output kind=json,path=guidellm.json": "not installed here",
     "make train": "hours",
     "make grpo": "minutes; tests/training/test_ablation.py runs what it runs, in short",
-    "VLLM_SERVER_DEV_MODE=1 vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8001 --tensor-parallel-size 2 --max-model-len 16384 \\\n"
-    '     --limit-mm-per-prompt \'{"image": 9, "video": 0}\' --enable-prompt-tokens-details --generation-config vllm': "needs GPUs; "
-    "tests/training/test_grpo.py has ergo-mini's rollouts written by vLLM",
-    "vllm serve Qwen/Qwen2.5-VL-72B-Instruct-AWQ --port 8002 --tensor-parallel-size 2 --max-model-len 16384 \\\n"
-    '     --limit-mm-per-prompt \'{"image": 9, "video": 0}\' --generation-config vllm': "likewise",
+    "VLLM_SERVER_DEV_MODE=1 vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8001 --tensor-parallel-size 2 \\\n"
+    '     --max-model-len 16384 --limit-mm-per-prompt \'{"image": 9, "video": 0}\' --enable-prompt-tokens-details '
+    "--generation-config vllm": "needs GPUs; tests/training/test_grpo.py has ergo-mini's rollouts written by vLLM",
+    "vllm serve Qwen/Qwen2.5-VL-72B-Instruct-AWQ --port 8002 --tensor-parallel-size 2 \\\n"
+    '     --max-model-len 16384 --limit-mm-per-prompt \'{"image": 9, "video": 0}\' --generation-config vllm': "likewise",
     "accelerate launch --config_file training/configs/fsdp.yaml -m ergo_train.grpo training/configs/qwen2.5-vl-7b.toml "
     "runs/qwen": "likewise",
     "make evaluate": "minutes; test_training.py runs what it runs",
@@ -166,9 +166,11 @@ class Reader:
         script = ""
         for command in commands(text):
             plain = command.split("#")[0].strip()
+            if plain in NOT_RUN:
+                continue
             if re.search(r"(^| )(make run|ergo-vqa serve|vllm serve)\b", plain):
                 self.start(plain)
-            elif plain not in NOT_RUN:
+            else:
                 script += command + "\n"
         if script:
             self._run(["bash", "-euo", "pipefail", "-c", self._here(script)])

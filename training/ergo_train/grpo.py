@@ -320,7 +320,8 @@ class Trainer:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.training.bfloat16 else "no")
+        # Not told of the precision: its choice holds for all of the process, and another run in it could not choose again.
+        self.accelerator = Accelerator()
         self.step = 0
         torch.manual_seed(config.seed)
         loaded = Loaded.of(config.model.checkpoint, config.model.dtype)
@@ -464,7 +465,7 @@ class Trainer:
         for _ in range(table.updates):
             for number, part in enumerate(parts):
                 inputs, written = self._inputs(encoded[part])
-                with self.accelerator.autocast():
+                with self._autocast():
                     new = self.scorer(inputs, written)
                 counts = written[:, 1:].sum(1)
                 gain = torch.tensor(gains[part], device=new.device).repeat_interleave(counts)
@@ -490,6 +491,9 @@ class Trainer:
         ended = [g.finish_reason == "stop" and not g.text.endswith(("</zoom>", "</answer>")) for g in turns]
         return self.encoder.whole(rollout.conversation, ended)
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.training.bfloat16)
+
     def _inputs(self, part: Sequence[Encoded]) -> tuple[dict[str, Tensor], Tensor]:
         device = self.accelerator.device
         written = nn.utils.rnn.pad_sequence([c.written for c in part], batch_first=True, padding_value=False)
@@ -498,7 +502,7 @@ class Trainer:
     @torch.no_grad()
     def scores(self, scorer: nn.Module, part: Sequence[Encoded]) -> Tensor:
         """Return the logarithms of the chances of what was written; see `Scorer`."""
-        with self.accelerator.autocast():
+        with self._autocast():
             scores: Tensor = scorer(*self._inputs(part))
         return scores
 

@@ -1,7 +1,7 @@
 """Train ergo-mini: ``python -m ergo_train.train RUN_FOLDER`` (or ``make train``).
 
 First the vision part alone learns to see landmarks and digits, then everything learns the two turns, on the scenes of
-`scenes` and those of `hard_scenes` alike. ``--start`` goes on from the weights of another run instead, whatever words it knew.
+`scenes` and those of `hard_scenes` alike. ``--start`` begins with the weights of a checkpoint instead, whatever words it knew.
 A run writes ``RUN_FOLDER/state.pt`` every few minutes and goes on from it when started again; ``log.jsonl`` holds its curve. The
 scenes of step n depend on n only, so a resumed run sees what an unbroken one sees. At the end the checkpoint lies in
 ``RUN_FOLDER/checkpoint``.
@@ -10,12 +10,14 @@ scenes of step n depend on n only, so a resumed run sees what an unbroken one se
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import random
 import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ergo_train import hard_scenes, scenes, tokenizer
 from ergo_train import model as network
@@ -153,7 +156,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of the arithmetic")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights")
-    parser.add_argument("--start", type=Path, help="run folder whose weights to begin with")
+    parser.add_argument("--start", type=Path, help="checkpoint whose weights to begin with")
     parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16 (faster where the processor has AMX)")
     parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler; about 1.3 x)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; start again to go on")
@@ -167,15 +170,16 @@ def run(args: argparse.Namespace) -> None:
     checkpoint, state_file = args.folder / "checkpoint", args.folder / "state.pt"
     tokens = tokenizer.build(checkpoint)
     trainee = Trainee(network.build(tokens))
-    optimizer = torch.optim.AdamW(_groups(trainee), lr=args.rate, betas=(0.9, 0.98))
+    optimizers = _optimizers(trainee)
     step = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         trainee.load_state_dict(state["trainee"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         step = state["step"]
     elif args.start:
-        adopt(trainee, tokens, args.start)
+        adopt(trainee.model, tokens, args.start)
     if args.compile:
         trainee.compile()
     total = args.see_steps + args.steps
@@ -193,10 +197,10 @@ def run(args: argparse.Namespace) -> None:
     for batch, close_ups in loader:
         seeing = step < args.see_steps
         local, length = (step, args.see_steps) if seeing else (step - args.see_steps, args.steps)
-        rate = learning_rate(local, length, args.rate, 200, 0.3 if seeing else args.decay)
-        for group in optimizer.param_groups:
+        rate = learning_rate(local, length, args.rate, 100, 0.3 if seeing else args.decay)
+        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
             group["lr"] = rate
-        values = _step(trainee, batch, close_ups, optimizer, seeing=seeing, bfloat16=args.bfloat16)
+        values = _step(trainee, batch, close_ups, optimizers, seeing=seeing, bfloat16=args.bfloat16)
         history.append(values)
         step += 1
         now = time.monotonic()
@@ -212,7 +216,8 @@ def run(args: argparse.Namespace) -> None:
         over = now - started > args.minutes * 60
         if now - last > 180 or over or step == total:
             last = now
-            state = {"trainee": trainee.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            kept = [optimizer.state_dict() for optimizer in optimizers]
+            state = {"trainee": trainee.state_dict(), "optimizers": kept, "step": step}
             torch.save(state, state_file.with_suffix(".tmp"))
             os.replace(state_file.with_suffix(".tmp"), state_file)
             network.save(trainee.model, checkpoint)
@@ -220,10 +225,20 @@ def run(args: argparse.Namespace) -> None:
             break
 
 
-def _groups(trainee: Trainee) -> list[dict[str, Any]]:
-    matrices = [p for p in trainee.parameters() if p.ndim >= 2]
-    vectors = [p for p in trainee.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+def _optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices within the layers, AdamW for all else: words, heads, the patches' kernel and every vector.
+
+    With ``match_rms_adamw`` both take steps of one size, so one learning rate serves both.
+    """
+    network = trainee.model.model
+    layers = [*network.language_model.layers, *network.visual.blocks, network.visual.merger.mlp]
+    matrices = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
+    inside = {id(p) for p in matrices}
+    others = [p for p in trainee.parameters() if id(p) not in inside]
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def _seeds(step: int, args: argparse.Namespace) -> list[int]:
@@ -232,21 +247,17 @@ def _seeds(step: int, args: argparse.Namespace) -> list[int]:
     return scene_seeds + [-1 - seed for seed in range(step * args.close_ups, step * args.close_ups + close_ups)]
 
 
-def adopt(trainee: Trainee, tokens: Tokenizer, run: Path) -> None:
-    """Take over the weights of another run: those of the same shape as they are, those of words that both know word by word.
-
-    What has another shape otherwise begins anew.
-    """
-    weights: dict[str, Tensor] = torch.load(run / "state.pt", weights_only=True)["trainee"]
-    known = Tokenizer.from_file(str(run / "checkpoint" / "tokenizer.json")).get_vocab()
-    mine = trainee.state_dict()
+def adopt(model: Qwen2_5_VLForConditionalGeneration, tokens: Tokenizer, checkpoint: Path) -> None:
+    """Take over the weights of a checkpoint of the same shape; those of words that both know word by word."""
+    weights = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+    known = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).get_vocab()
     with torch.no_grad():
-        for name, value in mine.items():
+        for name, value in model.state_dict().items():
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 for word, row in tokens.get_vocab().items():
                     if word in known:
                         value[row] = weights[name][known[word]]
-            elif value.shape == weights[name].shape:
+            else:
                 value.copy_(weights[name])
 
 
@@ -254,7 +265,7 @@ def _step(
     trainee: Trainee,
     batch: Batch,
     close_ups: Batch | None,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     *,
     seeing: bool,
     bfloat16: bool = False,
@@ -266,8 +277,9 @@ def _step(
             loss = loss + 2 * trainee.read_digits(close_ups)
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_([p for p in trainee.parameters() if p.grad is not None], 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return [
         v.item()
         for v in (
