@@ -38,7 +38,8 @@ WANDER = 10.0
 
 SIDES = (24, 75)
 """Sides of its boxes, in the same pixels, drawn evenly in their logarithm. The checkpoint was taught one side, 30, and reads
-crops of about that scale alone; with sides to 150 and deviations of 40 not one answer in fifty was right: nothing to begin from."""
+crops of about that scale alone; with sides to 150 and deviations of 40 not one answer in fifty was right, and there was
+nothing to begin from."""
 
 TIDY = 0.6
 """Share of its zoom replies that keep the form; the rest do not end their thinking."""
