@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from ergo_server.engine.base import address
 from ergo_server.engine.breaker import FAILURES, OPEN_SECONDS
 from ergo_server.engine.replicas import CHECK_SECONDS
 from ergo_server.engine.retries import BURST, SHARE
@@ -290,7 +291,7 @@ class Settings(BaseSettings):
                 raise ValueError("engine_url must be http:// or https:// and a host, or several of these with commas between")
         if self.verify_engine is not None and not _is_address(self.verify_engine):
             raise ValueError("verify_engine must be http:// or https:// and a host")
-        if len({urlsplit(url).netloc for url in self.engine_urls}) < len(self.engine_urls):
+        if len({address(url) for url in self.engine_urls}) < len(self.engine_urls):
             raise ValueError("engine_url names an engine twice")
         return self
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +17,12 @@ import support
 from asking import ANSWER, ZOOM, chunks, data_url, events, picture
 from hypothesis import given
 from hypothesis import strategies as st
+from upstream import Upstream
 
-from ergo_server.engine.base import Delta, EngineStatus, Generation, Sampling, Usage
+from ergo_server.engine.base import Delta, EngineStatus, Generation, Sampling, Usage, address
 from ergo_server.engine.breaker import Breaker
 from ergo_server.engine.replicas import FAILED_CHECKS, Replicas
+from ergo_server.engine.vllm import VllmEngine
 from ergo_server.errors import (
     ContextTooLong,
     EngineBusy,
@@ -81,6 +85,11 @@ async def read(replicas: Replicas, session: str = "s", deadline: float | None = 
     """Ask, and return all pieces."""
     async with contextlib.aclosing(replicas.generate(ASK, BRIEF, session=session, deadline=deadline)) as pieces:
         return [piece async for piece in pieces]
+
+
+async def settled(condition: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    await asyncio.to_thread(support.wait_until, condition, "it is so")
 
 
 def text(pieces: Sequence[Delta | Generation]) -> str:
@@ -224,6 +233,25 @@ def test_what_another_would_do_no_better_is_told(failure: EngineError) -> None:
     assert (len(first.asked), len(second.asked)) == (1, 0)
 
 
+@pytest.mark.parametrize("waits", [(5, 30), (30, 5)])
+@pytest.mark.parametrize("kind", [EngineBusy, EngineUnavailable])
+def test_the_caller_is_told_the_shortest_time(waits: tuple[int, int], kind: type[EngineError]) -> None:
+    """Where none could do it, ``retry_after`` is the least that any of them named, whichever was asked last."""
+    replicas = several()
+    first, broken, last = in_order(replicas)
+    first.error, broken.error, last.error = EngineUnavailable("gone", retry_after=waits[0]), EngineFailed("broke"), kind("no")
+    last.error.retry_after = waits[1]
+    first.pieces = broken.pieces = last.pieces = ()
+
+    async def work() -> None:
+        with pytest.raises(kind) as caught:
+            await read(replicas)
+        assert caught.value.retry_after == 5
+        await replicas.aclose()
+
+    run(work)
+
+
 @given(
     st.lists(st.text("ab", min_size=1, max_size=3), max_size=6),
     st.lists(st.text("ab", min_size=1, max_size=3), max_size=6),
@@ -272,9 +300,6 @@ def test_one_that_fails_its_checks_is_asked_last_until_it_is_back() -> None:
     replicas = several()
     first, *others = in_order(replicas)
 
-    async def settled(condition: Callable[[], bool]) -> None:
-        await asyncio.to_thread(support.wait_until, condition, "the checks have seen it")
-
     async def work() -> None:
         assert not (await replicas.status()).ready  # nobody was looked at yet
         await settled(lambda: all(replica.status.ready for replica in replicas.order("s")))
@@ -310,6 +335,170 @@ def test_one_late_check_ejects_nobody() -> None:
         await replicas.aclose()
 
     run(work)
+
+
+def test_a_check_that_breaks_is_a_failed_one(caplog: pytest.LogCaptureFixture) -> None:
+    """An exception that no engine should raise is logged and ejects its engine; the checks go on, and bring that back."""
+    replicas = several(2)
+    first, second = in_order(replicas)
+    broken = [True]
+
+    async def status() -> EngineStatus:
+        if broken:
+            raise RuntimeError("a mistake")
+        return EngineStatus(True, "m")
+
+    first.status = status  # type: ignore[method-assign]
+
+    async def work() -> None:
+        await replicas.status()
+        await settled(lambda: in_order(replicas) == [second, first])
+        await settled(lambda: second.ready and bool(replicas.order("s")[0].status.ready))
+        assert await replicas.status() == EngineStatus(True, "m", "1 of 2 engines are ready")
+        broken.clear()
+        await settled(lambda: in_order(replicas) == [first, second])
+        assert await replicas.status() == EngineStatus(True, "m")
+        await replicas.aclose()
+
+    run(work)
+    told = [record for record in caplog.records if record.exc_info]
+    assert {record.getMessage() for record in told} == {f"the health check of engine {replicas.order('s')[0].name} broke"}
+
+
+# --- engines that hang ------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Hanging(Told):
+    """An engine that says some words, and the others when it is let."""
+
+    words: Sequence[str] = ()
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def generate(self, conversation: Conversation, sampling: Sampling, **given: Any) -> Reply:
+        """Say the words, wait, and answer as told."""
+        for word in self.words:
+            yield Delta(word)
+        self.asked.append(given["session"])
+        self.running += 1
+        try:
+            await self.go_on.wait()
+        finally:
+            self.running -= 1
+        async with contextlib.aclosing(super().generate(conversation, sampling, **given)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+
+def hanging(*kinds: type[Told], **given: Any) -> tuple[Replicas, list[Told]]:
+    """Return engines of these kinds, as they are asked for a session."""
+    names = [replica.name for replica in several(len(kinds)).order("s")]
+    engines = [kind() for kind in kinds]
+    return Replicas(dict(zip(names, engines, strict=True)), seconds=0.001, **given), engines
+
+
+def test_who_hangs_is_given_up_for_one_who_does_not() -> None:
+    """Turns that wait for the first word of an engine are answered by another once its health check has failed twice."""
+    reasons: list[str] = []
+    replicas, (hung, other) = hanging(Hanging, Told, told=reasons.append)
+
+    async def work() -> None:
+        asked = [asyncio.create_task(read(replicas)) for _ in range(3)]
+        await settled(lambda: hung.running == 3)
+        hung.ready = False
+        assert [text(pieces) for pieces in await asyncio.gather(*asked)] == ["seven"] * 3
+        await replicas.aclose()
+
+    run(work)
+    assert (hung.running, len(other.asked), reasons) == (0, 3, ["failed"] * 3)
+
+
+@pytest.mark.parametrize("comes_back", ["own", "other"])
+def test_nobody_is_given_up_for_one_who_is_no_better(comes_back: str) -> None:
+    """While no other engine is well, a turn goes on waiting; it is answered if its own comes back, and moved if another does."""
+    replicas, (hung, other) = hanging(Hanging, Told)
+    assert isinstance(hung, Hanging)
+    hung.ready = other.ready = False
+
+    async def work() -> None:
+        asked = asyncio.create_task(read(replicas))
+        await settled(lambda: all(replica.ejected for replica in replicas.order("s")))
+        assert (hung.running, other.asked) == (1, [])
+        if comes_back == "own":
+            hung.go_on.set()
+        else:
+            other.ready = True
+        assert text(await asked) == "seven"
+        await replicas.aclose()
+
+    run(work)
+    assert (hung.running, len(other.asked)) == (0, int(comes_back == "other"))
+
+
+def test_who_has_begun_to_answer_is_not_given_up() -> None:
+    """After its first word an engine is waited for, whatever its health check says."""
+    replicas, (hung, other) = hanging(Hanging, Told)
+    assert isinstance(hung, Hanging)
+    hung.words = ("twenty-",)
+
+    async def work() -> None:
+        asked = asyncio.create_task(read(replicas))
+        await settled(lambda: hung.running == 1)
+        hung.ready = False
+        await settled(lambda: in_order(replicas) == [other, hung])
+        hung.go_on.set()
+        assert text(await asked) == "twenty-seven"
+        await replicas.aclose()
+
+    run(work)
+    assert other.asked == []
+
+
+def test_a_question_that_makes_engines_hang_makes_two_hang_at_most() -> None:
+    """Where one engine broke, or was given up, the next is waited for; no third is given the question."""
+    replicas, (first, second, third) = hanging(Hanging, Hanging, Told)
+    assert isinstance(second, Hanging)
+
+    async def work() -> None:
+        asked = asyncio.create_task(read(replicas))
+        await settled(lambda: first.running == 1)
+        first.ready = False
+        await settled(lambda: second.running == 1)
+        second.ready = False
+        await settled(lambda: in_order(replicas)[0] is third)
+        second.go_on.set()
+        assert text(await asked) == "seven"
+        await replicas.aclose()
+
+    run(work)
+    assert third.asked == []
+
+
+@pytest.mark.parametrize(("model", "reason"), [("m", "failed"), (None, "unavailable")])
+def test_a_peer_that_accepts_and_never_answers_costs_nobody_an_answer(upstream: Upstream, model: str | None, reason: str) -> None:
+    """Over real sockets, with the checks as they are: what waits on a silent peer is answered by the other engine long before
+    its deadline, and the next question does not wait at all; also where the peer was silent before it named its model."""
+    upstream.go_on.set()
+    reasons: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        urls = [f"http://127.0.0.1:{silent.getsockname()[1]}", upstream.url]
+        engines = {address(url): VllmEngine(url, model=given) for url, given in zip(urls, (model, "m"), strict=True)}
+        replicas = Replicas(engines, seconds=0.1, told=reasons.append)
+        mine = (f"session {number}" for number in itertools.count())
+        session = next(session for session in mine if replicas.order(session)[0].name == address(urls[0]))
+
+        async def work() -> None:
+            late = asyncio.get_running_loop().time() + support.START_SECONDS
+            for found in await asyncio.gather(*(read(replicas, session, late) for _ in range(3))):
+                assert text(found) == ANSWER
+            await settled(lambda: replicas.order(session)[0].name == address(upstream.url))
+            moved = len(reasons)
+            assert text(await read(replicas, session, late)) == ANSWER
+            assert (moved, len(reasons)) == (3, 3)
+            await replicas.aclose()
+
+        run(work)
+    assert set(reasons) == {reason}
 
 
 def test_none_is_a_mistake() -> None:

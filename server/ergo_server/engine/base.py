@@ -20,6 +20,7 @@ import math
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
+from urllib.parse import urlsplit
 
 from ergo_server.errors import EngineTimeout
 from ergo_server.protocol.conversation import Conversation
@@ -122,6 +123,11 @@ class Engine(Protocol):
 
     async def aclose(self) -> None:
         """Give back what the engine holds. Generations in flight end with an error."""
+
+
+def address(url: str) -> str:
+    """Return host and port of an engine's URL: what it is called by. User and password in it are secrets, and name nobody."""
+    return urlsplit(url).netloc.rpartition("@")[2]
 
 
 async def within(

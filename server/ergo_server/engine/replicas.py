@@ -12,6 +12,9 @@ When an engine fails:
     * Broken while it answered: one other engine begins the reply anew, and only one, so that a question which brings engines down
       does not bring down all. What the caller has of the reply is not sent twice: greedy decoding mostly repeats it, and then the
       reply goes on where it stopped. If it does not repeat it, a delta says ``anew``.
+    * Ejected by its health check before the first word of a reply, while another is well: as one that broke. Whoever hangs says
+      nothing until the deadline; and a question that makes engines hang is one that brings them down. After the first word the
+      reply goes on: an engine that still writes is slow, not gone.
     * A deadline, a refusal: the next would do no better.
 
 Larger fleets have routers of their own; see docs/scaling.md.
@@ -66,10 +69,30 @@ class _Replica:
     async def check(self) -> None:
         """Ask whether it can be asked."""
         was_ejected = self.ejected
-        self.status = await self.engine.status()
+        try:
+            self.status = await self.engine.status()
+        except Exception:
+            # None is raised, says `Engine.status`. If one is all the same, it must not end the checks, which nobody would see:
+            # for the rest of the gateway's life the engine would be what it was last.
+            log.exception("the health check of engine %s broke", self.name)
+            self.status = EngineStatus(False, detail="its health check broke")
         self.failed_checks = 0 if self.status.ready else self.failed_checks + 1
         if self.ejected != was_ejected:
             log.warning("engine %s %s", self.name, "is asked last: it is not ready" if self.ejected else "is ready again")
+
+
+@dataclass(eq=False, slots=True)
+class _Wait:
+    """A turn that waits for the first piece of its reply."""
+
+    replica: _Replica
+    others: Sequence[_Replica]
+    """Who may be asked instead."""
+    patience: asyncio.Timeout
+
+    @property
+    def vain(self) -> bool:
+        return self.replica.ejected and any(other.status.ready for other in self.others)
 
 
 class Replicas:
@@ -98,6 +121,7 @@ class Replicas:
         self._seconds = seconds
         self._told = told
         self._checks: list[asyncio.Task[None]] = []
+        self._waits: set[_Wait] = set()
 
     async def generate(
         self,
@@ -111,30 +135,35 @@ class Replicas:
         """Continue a conversation on the session's engine, or on one that stands in; without a session, on any.
 
         Raises:
-            EngineBusy: no engine could be asked, and a queue was full.
+            EngineBusy: no engine could be asked, and a queue was full. ``retry_after`` is the least that any of them named.
             EngineError: as the engine's own, where no other could be asked, or would help.
         """
         self._watch()
         reply = _Reply()
         errors: list[EngineError] = []
-        for replica in self.order(session):
+        order = self.order(session)
+        for number, replica in enumerate(order):
             if errors:
                 self._told(_reason(errors[-1]))
             reply.begin()
+            others: Sequence[_Replica] = () if _broken(errors) else order[number + 1 :]
             pieces = replica.engine.generate(conversation, sampling, session=session, salt=salt, deadline=deadline)
             try:
-                async with contextlib.aclosing(pieces):
-                    async for piece in pieces:
+                async with contextlib.aclosing(self._heard(pieces, replica, others)) as heard:
+                    async for piece in heard:
                         for passed in reply.end(piece) if isinstance(piece, Generation) else reply.feed(piece):
                             yield passed
                 return
             except (EngineBusy, EngineUnavailable) as error:
                 errors.append(error)
             except EngineFailed as error:
-                if any(isinstance(earlier, EngineFailed) for earlier in errors):
+                if _broken(errors):
                     raise
                 errors.append(error)
-        raise next((error for error in errors if isinstance(error, EngineBusy)), errors[-1])
+        final = next((error for error in errors if isinstance(error, EngineBusy)), errors[-1])
+        if final.retry_after is not None:
+            final.retry_after = min(error.retry_after for error in errors if error.retry_after is not None)
+        raise final
 
     def order(self, session: str) -> Sequence[_Replica]:
         """Return the engines in the order in which they are asked for a session."""
@@ -165,7 +194,37 @@ class Replicas:
     async def _check(self, replica: _Replica) -> None:
         while True:
             await replica.check()
+            self._give_up()
             await asyncio.sleep(self._seconds)
+
+    def _give_up(self) -> None:
+        """End the waits that are in vain."""
+        for wait in [wait for wait in self._waits if wait.vain]:
+            self._waits.remove(wait)
+            wait.patience.reschedule(asyncio.get_running_loop().time())
+
+    async def _heard(
+        self, pieces: AsyncGenerator[Delta | Generation, None], replica: _Replica, others: Sequence[_Replica]
+    ) -> AsyncGenerator[Delta | Generation, None]:
+        """Pass on a reply.
+
+        Raises:
+            EngineFailed: before it began, its engine was ejected, and one of the others was well.
+        """
+        async with contextlib.aclosing(pieces):
+            try:
+                async with asyncio.timeout(None) as patience:
+                    wait = _Wait(replica, others, patience)
+                    self._waits.add(wait)
+                    try:
+                        first = await anext(pieces)
+                    finally:
+                        self._waits.discard(wait)
+            except TimeoutError:
+                raise EngineFailed("the engine fell silent before it answered") from None
+            yield first
+            async for piece in pieces:
+                yield piece
 
 
 class _Reply:
@@ -203,6 +262,11 @@ class _Reply:
         if self._repeats and self._text != self._passed:
             return [Delta(self._text, self._tokens, anew=True), generation]
         return [generation]
+
+
+def _broken(errors: Sequence[EngineError]) -> bool:
+    """Say whether an engine broke over the reply."""
+    return any(isinstance(error, EngineFailed) for error in errors)
 
 
 def _reason(error: EngineError) -> FailoverReason:

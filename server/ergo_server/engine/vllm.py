@@ -26,11 +26,10 @@ import re
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 
-from ergo_server.engine.base import Delta, EngineStatus, Generation, Sampling, Usage, within
+from ergo_server.engine.base import Delta, EngineStatus, Generation, Sampling, Usage, address, within
 from ergo_server.engine.retries import RetryBudget
 from ergo_server.errors import (
     ContextTooLong,
@@ -95,7 +94,7 @@ class VllmEngine:
         self._session_headers = session_headers
         self._retries = retries or RetryBudget()
         self._trace_headers = trace_headers
-        self._server = urlsplit(url).netloc.rpartition("@")[2]
+        self._server = address(url)
         self._client = httpx2.AsyncClient(
             base_url=url.rstrip("/"),
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
@@ -181,6 +180,8 @@ class VllmEngine:
                 response = await self._client.get("/v1/models", timeout=CONNECT_SECONDS)
                 response.raise_for_status()
                 self._model = str(response.json()["data"][0]["id"])
+            except httpx2.ReadTimeout as error:  # no turn has timed out, none was begun: another engine may be asked
+                raise EngineUnavailable("the engine is silent", retry_after=5) from error
             except httpx2.TransportError as error:
                 raise _unreachable(error) from error
             except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
