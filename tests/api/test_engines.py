@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
+import hmac
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -11,7 +14,7 @@ import httpx2
 import pytest
 import shell
 import support
-from asking import Meter, client, encoded, picture, scripted, vqa
+from asking import Meter, chat, client, encoded, picture, says, scripted, vqa
 from pydantic import ValidationError
 from upstream import Upstream
 
@@ -52,10 +55,11 @@ def photos(count: int) -> list[bytes]:
         ("http://a:8001,", "engine_url must be"),
         ("ftp://a:8001", "engine_url must be"),
         ("http://a:8001,http://a:8001/", "engine_url names an engine twice"),
+        ("http://u:p@a:8001,http://a:8001", "engine_url names an engine twice"),
     ],
 )
 def test_addresses_that_cannot_be_used_are_named(given: str, message: str) -> None:
-    """An address without scheme or host, an empty one and one that is there twice are refused at the start."""
+    """An address without scheme or host, an empty one, and one that is there twice, with a password or not, are refused."""
     with pytest.raises(ValidationError, match=message):
         support.mini_settings(engine="vllm", engine_url=given)
 
@@ -127,6 +131,45 @@ def test_a_session_is_a_tenant_and_an_image() -> None:
     of_tenants = sessions(tenants=2)
     assert len(set(of_tenants[:8])) == len(set(of_tenants[8:])) == 2
     assert not set(of_tenants[:8]) & set(of_tenants[8:])
+
+
+SPECK = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAADgAAAA4AQAAAACA/QazAAAADklEQVR42mNgGAVDGQAAAcAAAb8Xq8EAAAAASUVORK5CYII=")
+"""A PNG of 56 × 56 black pixels."""
+
+
+@pytest.mark.parametrize(
+    ("tenant", "session"),
+    [
+        ("", "a7e66a747f799aeb90e8b03043a036b734b4534b0f41e264eef39a2ef45f1204"),
+        ("alice", "e783152358758e752585996ea866dabc39a8652e19eb46b6609840a7fd1e590d"),
+    ],
+)
+def test_the_session_key_is_the_documented_one(tenant: str, session: str) -> None:
+    """HMAC-SHA256(session secret, tenant ‖ SHA-256 of the view's bytes), so that gateways of several versions agree.
+
+    The figures are openssl's: ``(printf alice; openssl dgst -sha256 -binary speck.png) | openssl dgst -sha256 -hmac "the session
+    secret"``. `ergo-raw` is asked, as it passes an image's bytes on; who is nobody in particular is ``anonymous``.
+    """
+    engine = scripted()
+    key, line = new_key(tenant) if tenant else ("", "")
+    given = {"api_keys": line} if tenant else {}
+    http = client(engine, session_secret="the session secret", **given)
+    http.headers["authorization"] = f"Bearer {key}"
+    assert chat(http, says(SPECK, "What is it?"), model="ergo-raw").status_code == 200
+    ((conversation, _, sent),) = engine.calls
+    assert [view.data for view in conversation.views] == [SPECK]
+    assert sent == session
+
+
+def test_both_turns_carry_the_key_of_the_overview() -> None:
+    """The key is made of the bytes of the first view that the engine is sent, and the answer turn's is the zoom turn's."""
+    engine = scripted()
+    assert vqa(client(engine, session_secret="s"), photos(1)[0]).status_code == 200
+    zoom, answer = engine.calls
+    overview = next(zoom[0].views).data
+    assert len(list(answer[0].views)) == 2
+    expected = hmac.digest(b"s", b"anonymous" + hashlib.sha256(overview).digest(), "sha256").hex()
+    assert (zoom[2], answer[2]) == (expected, expected)
 
 
 def test_a_session_can_be_a_question() -> None:
