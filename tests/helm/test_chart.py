@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ import pytest
 import queries
 import support
 import yaml
-from charts import CHART, NAMESPACE, RELEASE, SETS, ChartError, Resource, Values, of_kind, one, pods, render
+from charts import CHART, NAMESPACE, RECIPES, RELEASE, SETS, ChartError, Resource, Values, of_kind, one, pods, render
+from composition import composition, engine_flags, example
 from support import ROOT, VLLM, why_no_vllm
 
 from ergo_server import __version__
@@ -46,11 +48,23 @@ def environment(resources: list[Resource]) -> dict[str, str]:
     return given
 
 
+def container_of(resources: list[Resource], kind: str, name: str) -> dict[str, Any]:
+    """Return the only container of a workload's pods."""
+    (found,) = one(resources, kind, name)["spec"]["template"]["spec"]["containers"]
+    given: dict[str, Any] = found
+    return given
+
+
 def arguments(resources: list[Resource]) -> list[str]:
     """Return vLLM's command line."""
-    (container,) = one(resources, "StatefulSet", "-engine")["spec"]["template"]["spec"]["containers"]
+    container = container_of(resources, "StatefulSet", "-engine")
     found: list[str] = container["command"] + container["args"]
     return found
+
+
+def flags(command: list[str]) -> dict[str, str]:
+    """Return the flags of a command line with their values."""
+    return dict(argument.partition("=")[::2] for argument in command if argument.startswith("--"))
 
 
 # --- Valid ----------------------------------------------------------------------------------------------------------------------
@@ -120,6 +134,22 @@ def test_resources_find_each_other(values: Values) -> None:
                     assert ("Secret", secret["name"]) in names or f'"{secret["name"]}"' in said
 
 
+def test_the_chart_asks_for_a_cluster_that_is_tested() -> None:
+    """Both charts install on no Kubernetes older than the oldest whose schemas their resources are checked against."""
+    for chart in (CHART, RECIPES / "vllm-router"):
+        assert yaml.safe_load((chart / "Chart.yaml").read_text())["kubeVersion"] == f">={KUBERNETES[0]}.0-0"
+
+
+def test_what_install_prints_is_rendered(tmp_path: Path) -> None:
+    """NOTES.txt is rendered with the rest, so every set of values tries it: an error in it is an error of the chart."""
+    chart = shutil.copytree(CHART, tmp_path / "chart")
+    render({}, chart, "whole")
+    with (chart / "templates" / "NOTES.txt").open("a") as notes:
+        notes.write('{{ fail "in the notes" }}')
+    with pytest.raises(ChartError, match="in the notes"):
+        render({}, chart, "broken")
+
+
 @every_set
 def test_a_release_of_any_name_is_valid(values: Values) -> None:
     """A long name of one's own is cut so that every name made from it is one that Kubernetes takes."""
@@ -142,12 +172,14 @@ def test_the_schema_is_what_the_program_writes(tmp_path: Path) -> None:
     ("values", "word"),
     [
         ({"gatway": {}}, "gatway"),
-        ({"gateway": {"replicas": "two"}}, "two"),
+        ({"gateway": {"replicas": "two"}}, "replicas"),
         ({"gateway": {"settings": {"max_queue": 4}}}, "max_queue"),
-        ({"gateway": {"settings": {"max_queued": -1}}}, "-1"),
+        ({"gateway": {"settings": {"max_queued": -1}}}, "max_queued"),
         ({"gateway": {"settings": {"api_keys": "secret"}}}, "api_keys"),
-        ({"gateway": {"image": {"digest": "latest"}}}, "latest"),
-        ({"gateway": {"autoscaling": {"kind": "cpu"}}}, "cpu"),
+        ({"gateway": {"image": {"digest": "latest"}}}, "digest"),
+        ({"gateway": {"autoscaling": {"kind": "cpu"}}}, "kind"),
+        ({"engine": {"autoscaling": {"minReplicas": 0}}}, "minReplicas"),
+        ({"networkPolicy": {"dnsPorts": []}}, "dnsPorts"),
         ({"engine": {"enabled": False, "external": {"urls": ["http://a,http://b"]}}}, "urls"),
         ({"engine": {"enabled": False, "external": {"urls": ["http://a", "http://a"]}}}, "urls"),
         ({"engine": {"routerUrl": "router:8080"}}, "routerUrl"),
@@ -155,6 +187,7 @@ def test_the_schema_is_what_the_program_writes(tmp_path: Path) -> None:
 )
 def test_the_schema_refuses_what_means_nothing(values: Values, word: str) -> None:
     """A misspelt value, one of a wrong type or out of bounds, and a setting that the gateway lacks, are refused by name."""
+    # The name is what helm tells as well as jsonschema; helm does not repeat the value.
     assert word in refused(values)
 
 
@@ -167,6 +200,8 @@ def test_the_schema_refuses_what_means_nothing(values: Values, word: str) -> Non
         ({"engine": {"enabled": False}}, "external.urls"),
         ({"engine": {"external": {"urls": ["http://a"]}}}, "not both"),
         ({"engine": {"enabled": False, "external": {"urls": ["http://a"]}, "routerUrl": "http://b"}}, "routerUrl"),
+        ({"gateway": {"settings": {"max_images": 9}}}, "engine.maxImages"),
+        ({"engine": {"maxImages": Settings.model_fields["max_images"].default}}, "gateway.settings.max_images"),
         ({"gateway": {"prompts": {"content": "a", "existingConfigMap": "b"}}}, "gateway.prompts"),
         ({"gateway": {"autoscaling": {"kind": "keda"}}}, "keda.prometheus"),
         ({"gateway": {"autoscaling": {"kind": "hpa", "minReplicas": 11}}}, "minReplicas"),
@@ -187,9 +222,13 @@ def test_the_templates_refuse_what_cannot_work(values: Values, why: str) -> None
     assert why in refused(values)
 
 
-def test_ends_that_just_fit_are_taken() -> None:
-    """A second less than what is refused above renders: the bound is where it is said to be."""
+def test_what_just_fits_is_taken() -> None:
+    """A second or an image less than what is refused above renders: the bounds are where they are said to be. Engines that others
+    run are told nothing of images, so there is no bound."""
     render({"gateway": {"termination": {"drainSeconds": 136}}, "engine": {"termination": {"gracePeriodSeconds": 66}}})
+    render({"gateway": {"settings": {"max_images": 11}}, "engine": {"maxImages": 12}})
+    render({"engine": {"maxImages": Settings.model_fields["max_images"].default + 1}})
+    render({"gateway": {"settings": {"max_images": 11}}, "engine": {"enabled": False, "external": {"urls": ["http://a"]}}})
 
 
 @every_set
@@ -263,7 +302,7 @@ def test_the_gateway_finds_its_engine() -> None:
         urls = [f"http://{name}-{number}.{service}:{port['port']}" for number in range(count)]
         assert given["ERGO_ENGINE_URL"].split(",") == urls
         assert f"--port={port['port']}" in arguments(resources)
-        assert given["ERGO_ENGINE_MODEL"] == arguments(resources)[2]
+        assert given["ERGO_ENGINE_MODEL"] == arguments(resources)[2] == flags(arguments(resources))["--served-model-name"]
     resources = render(SETS["keda"])
     assert environment(resources)["ERGO_ENGINE_URL"] == f"http://{one(resources, 'Service', '-engine')['metadata']['name']}:8001"
     assert environment(render(SETS["vllm-router"]))["ERGO_ENGINE_URL"] == "http://eyes-router:8080"
@@ -337,6 +376,34 @@ def test_a_change_of_settings_restarts_the_gateway() -> None:
     assert sums[0] == sums[1] != sums[2]
 
 
+DIFFERENT = {
+    "--revision": "Compose names the folder into which a revision was fetched",
+    "--tensor-parallel-size": "the chart gives it for more than one GPU",
+    "--gpu-memory-utilization": "a value of .env; engine.extraArgs in the chart",
+    "--max-num-queued-reqs": "one gateway there, two here",
+    "--shutdown-timeout": "Docker's patience, and Kubernetes'",
+}
+"""Flags in which chart and Compose file differ, with the reason."""
+
+
+def test_the_engine_is_that_of_compose() -> None:
+    """The chart runs the image that the Compose file runs, with the same flags and values but for those with a reason."""
+    ours, theirs = flags(arguments(render({}))), flags(engine_flags())
+    differ = {flag for flag in ours.keys() | theirs.keys() if ours.get(flag) != theirs.get(flag)}
+    assert differ == DIFFERENT.keys()
+    assert container_of(render({}), "StatefulSet", "-engine")["image"] == composition(example())["services"]["engine"]["image"]
+
+
+@pytest.mark.parametrize("name", ["defaults", "two-engines", "gpu-pool"])
+def test_engines_take_what_gateways_ask(name: str) -> None:
+    """Where both have a fixed number, all that gateways work on at a time fits into the engines."""
+    resources = render(SETS[name])
+    gateways = one(resources, "Deployment", "-gateway")["spec"]["replicas"]
+    engines = one(resources, "StatefulSet", "-engine")["spec"]["replicas"]
+    asked = gateways * Settings.model_fields["max_concurrent"].default
+    assert int(flags(arguments(resources))["--max-num-queued-reqs"]) * engines >= asked
+
+
 @pytest.mark.vllm
 def test_vllm_knows_every_flag() -> None:
     """Every flag that the chart gives is one of the real vLLM's."""
@@ -344,9 +411,9 @@ def test_vllm_knows_every_flag() -> None:
         pytest.skip(reason)
     told = subprocess.run([VLLM, "serve", "--help=all"], capture_output=True, text=True, check=True, cwd="/").stdout
     for values in (SETS["defaults"], SETS["gpu-pool"]):
-        flags = {argument.partition("=")[0] for argument in arguments(render(values)) if argument.startswith("--")}
-        assert len(flags) > 12
-        assert not [flag for flag in flags if not re.search(rf"^\s+(--\S+(, | ))*?{flag}\b", told, re.MULTILINE)]
+        given = flags(arguments(render(values)))
+        assert len(given) > 12
+        assert not [flag for flag in given if not re.search(rf"^\s+(--\S+(, | ))*?{flag}\b", told, re.MULTILINE)]
 
 
 def test_gpus_are_asked_for_and_used() -> None:
@@ -357,6 +424,64 @@ def test_gpus_are_asked_for_and_used() -> None:
     assert "--tensor-parallel-size=2" in container["args"]
     assert "--gpu-memory-utilization=0.85" in container["args"]
     assert (engine["nodeSelector"], engine["runtimeClassName"]) == ({"pool": "gpu"}, "nvidia")
+
+
+def test_the_download_has_the_engines_environment() -> None:
+    """What is added to the engine's environment, such as a mirror's address, the download has too."""
+    variable = {"name": "HF_ENDPOINT", "value": "https://hub.example"}
+    pod = one(render({"engine": {"extraEnv": [variable]}}), "StatefulSet", "-engine")["spec"]["template"]["spec"]
+    for container in (*pod["initContainers"], *pod["containers"]):
+        assert variable in container["env"]
+
+
+@every_set
+def test_probes_ask_what_there_is(values: Values) -> None:
+    """The gateway is restarted by what tells of its process, and gets requests by what tells of its engine, too; the app knows both
+    paths, and listens on the port. The engine's probes ask its /health."""
+    resources = render(values)
+    container = container_of(resources, "Deployment", "-gateway")
+    assert [container[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")] == [
+        {"path": path, "port": "http"} for path in ("/healthz", "/healthz", "/readyz")
+    ]
+    with asking.client() as http:
+        assert {http.get(path).status_code for path in ("/healthz", "/readyz")} == {200}
+    assert container["ports"] == [{"name": "http", "containerPort": int(environment(resources)["ERGO_PORT"])}]
+    if of_kind(resources, "StatefulSet"):
+        container = container_of(resources, "StatefulSet", "-engine")
+        probes = [container[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")]
+        assert probes == [{"path": "/health", "port": "http"}] * 3
+        assert container["ports"] == [{"name": "http", "containerPort": int(flags(arguments(resources))["--port"])}]
+
+
+@every_set
+def test_gateways_are_spread(values: Values) -> None:
+    """The constraints count the gateway's own pods, over zones and nodes."""
+    template = one(render(values), "Deployment", "-gateway")["spec"]["template"]
+    constraints = template["spec"]["topologySpreadConstraints"]
+    assert [found["topologyKey"] for found in constraints] == ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
+    for found in constraints:
+        assert found["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+
+
+def test_a_first_rollout_may_wait_for_the_download() -> None:
+    """A rollout of gateways, which are ready when the engine is, fails no sooner than the patience that the page gives helm."""
+    (minutes,) = re.findall(r"--timeout (\d+)m", (ROOT / "docs/kubernetes.md").read_text())
+    assert one(render({}), "Deployment", "-gateway")["spec"]["progressDeadlineSeconds"] > int(minutes) * 60
+
+
+def test_ways_in_lead_to_the_gateway() -> None:
+    """Ingress and HTTPRoute name the gateway's Service and a port that it has, the one by its name, the other by its number."""
+    resources = render(charts.over(SETS["external"], {"gateway": {"service": {"port": 8080}}}))
+    service = one(resources, "Service", "-gateway")
+    (port,) = service["spec"]["ports"]
+    (rule,) = one(resources, "Ingress")["spec"]["rules"]
+    assert rule["http"]["paths"][0]["backend"] == {
+        "service": {"name": service["metadata"]["name"], "port": {"name": port["name"]}}
+    }
+    (rule,) = one(resources, "HTTPRoute")["spec"]["rules"]
+    assert rule["backendRefs"] == [{"name": service["metadata"]["name"], "port": port["port"]}]
+    assert port["port"] == 8080
+    assert port["targetPort"] in [found["name"] for found in container_of(resources, "Deployment", "-gateway")["ports"]]
 
 
 # --- Walls ----------------------------------------------------------------------------------------------------------------------
@@ -426,6 +551,27 @@ def test_the_gateway_reaches_what_it_needs() -> None:
         assert (engine["ports"][0]["port"], engine["to"][0]["ipBlock"]["except"]) == (port, ["169.254.0.0/16"])
 
 
+def test_names_are_asked_for_where_the_cluster_answers() -> None:
+    """DNS is allowed to kube-system and to NodeLocal DNSCache's address, at the ports that values name."""
+    to = [
+        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}},
+        {"ipBlock": {"cidr": "169.254.20.10/32"}},
+    ]
+    for values, ports in (({}, [53]), ({"networkPolicy": {"dnsPorts": [53, 5353]}}, [53, 5353])):
+        for name in ("-gateway", "-engine"):
+            dns = policy(render(values), name)["egress"][0]
+            assert dns["to"] == to
+            assert dns["ports"] == [{"protocol": protocol, "port": port} for port in ports for protocol in ("UDP", "TCP")]
+
+
+def test_a_mirror_within_can_be_reached_for_the_download() -> None:
+    """What values add to the engine's way out is there while it downloads, and gone with the download."""
+    rule = {"to": [{"ipBlock": {"cidr": "10.0.0.7/32"}}], "ports": [{"protocol": "TCP", "port": 3128}]}
+    values = {"networkPolicy": {"engineEgress": [rule]}}
+    assert policy(render(values), "-engine")["egress"][-1] == rule
+    assert policy(render(charts.over(values, {"engine": {"model": {"download": False}}})), "-engine")["egress"] == []
+
+
 def test_without_a_way_out_every_image_is_from_within() -> None:
     """With a registry of one's own, every image is by digest from there, and nothing is downloaded."""
     for _, pod in pods(render(SETS["air-gapped"])):
@@ -443,6 +589,14 @@ def test_a_pinned_image_is_never_the_latest() -> None:
         "ergo-vqa-gateway": __version__,
         "vllm/vllm-openai": "v0.32.0",
     }
+
+
+def test_the_page_pushes_what_the_chart_pulls() -> None:
+    """The image that the page builds and pushes is, by name and tag, the one that its install command makes the chart pull."""
+    page = (ROOT / "docs/kubernetes.md").read_text()
+    (repository,) = re.findall(r"--set gateway\.image\.repository=(\S+)", page)
+    image = container_of(render({"gateway": {"image": {"repository": repository}}}), "Deployment", "-gateway")["image"]
+    assert re.findall(r"^docker (?:build .* -t|push) (\S+)", page, re.MULTILINE) == [image, image]
 
 
 # --- What watches, and what scales ----------------------------------------------------------------------------------------------
@@ -501,6 +655,24 @@ def test_alerts_know_the_gateway_by_its_job() -> None:
             if chosen.items() <= s["metadata"]["labels"].items()
         ]
         assert monitor["spec"]["endpoints"][0]["port"] in [port["name"] for port in service["spec"]["ports"]]
+
+
+def test_gateways_scale_by_the_cpu_that_they_ask_for() -> None:
+    """The HorizontalPodAutoscaler is about the gateway's Deployment, by CPU in percent of a request that its pods make."""
+    resources = render(SETS["external"])
+    spec = one(resources, "HorizontalPodAutoscaler")["spec"]
+    deployment = one(resources, "Deployment", "-gateway")
+    assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": deployment["metadata"]["name"]}
+    target = {"type": "Utilization", "averageUtilization": 65}
+    assert spec["metrics"] == [{"type": "Resource", "resource": {"name": "cpu", "target": target}}]
+    assert "cpu" in container_of(resources, "Deployment", "-gateway")["resources"]["requests"]
+
+
+def test_an_engine_always_stays() -> None:
+    """Nothing scales engines to none, where no gateway would be ready, and no question would come that calls one back."""
+    spec = one(render(SETS["keda"]), "ScaledObject", "-engine")["spec"]
+    assert min(spec["minReplicaCount"], spec["fallback"]["replicas"]) >= 1
+    assert "idleReplicaCount" not in spec
 
 
 def triggers() -> list[tuple[str, str]]:
@@ -575,6 +747,12 @@ def test_the_tests_pod_may_ask() -> None:
     assert "env" not in container
     _, _, container = program(SETS["external"])
     assert container["env"][0]["valueFrom"]["secretKeyRef"] == {"name": "tester", "key": "api-key"}
+
+
+def test_the_tests_pod_stays_for_its_log() -> None:
+    """The pod is deleted before the next one is made, not when it has succeeded: `helm test --logs` reads its log after that."""
+    annotations = one(render({}), "Pod")["metadata"]["annotations"]
+    assert annotations == {"helm.sh/hook": "test", "helm.sh/hook-delete-policy": "before-hook-creation"}
 
 
 def ask(source: str, url: str) -> subprocess.CompletedProcess[str]:

@@ -13,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from charts import NAMESPACE, RECIPES, SETS, Resource, of_kind, one, pods, render
+from support import ROOT
 
 from ergo_server.settings import Settings
 
@@ -129,11 +130,26 @@ def test_production_stack_runs_vllm_as_we_do() -> None:
     (model,) = read("production-stack/values.yaml")["servingEngineSpec"]["modelSpec"]
     (container,) = one(render({}), "StatefulSet")["spec"]["template"]["spec"]["containers"]
     assert f"{model['repository']}:{model['tag']}" == container["image"]
-    theirs_to_set = re.compile("--(revision|host|port|max-model-len)=")
+    theirs_to_set = re.compile("--(revision|served-model-name|host|port|max-model-len)=")
     assert set(model["vllmConfig"]["extraArgs"]) == {flag for flag in container["args"][1:] if not theirs_to_set.match(flag)}
     assert f"--max-model-len={model['vllmConfig']['maxModelLen']}" in container["args"]
     assert model["modelURL"] == container["args"][0] == given(ours("production-stack"), "ERGO_ENGINE_MODEL")
     assert model["vllmConfig"]["enablePrefixCaching"] is True
+
+
+@pytest.mark.parametrize(
+    ("path", "image"), [("production-stack/values.yaml", "routerSpec"), ("llm-d/router.yaml", "router.epp.image")]
+)
+def test_a_routers_image_has_a_version(path: str, image: str) -> None:
+    """The router's image has the tag of the version whose chart the page installs, not one that moves."""
+    values = read(path)
+    for key in image.split("."):
+        values = values[key]
+    (line,) = [line for line in (ROOT / "docs/scaling.md").read_text().splitlines() if f"/{path}" in line]
+    (version,) = re.findall(r" --version (\S+) ", line)
+    assert re.fullmatch(r"v\d+\.\d+\.\d+", values["tag"])
+    assert values["tag"].removeprefix("v") == version.removeprefix("v")
+    assert f" --version {version} " in (RECIPES / path).read_text()
 
 
 def picker() -> dict[str, Any]:
@@ -167,6 +183,8 @@ def test_llm_d_finds_our_engines() -> None:
     for resource in (entry, route):
         schema = json.loads((HERE / "crds" / f"{resource['kind']}.json").read_text())
         jsonschema.Draft202012Validator(schema).validate(resource)
+    # Without its name llm-d's chart makes nothing that this Gateway's implementation needs to reach the picker.
+    assert read("llm-d/router.yaml")["provider"]["name"] == entry["spec"]["gatewayClassName"]
     (backend,) = route["spec"]["rules"][0]["backendRefs"]
     assert f"helm install {backend['name']} " in (RECIPES / "llm-d/router.yaml").read_text()
     assert route["spec"]["parentRefs"] == [{"name": entry["metadata"]["name"]}]
@@ -189,6 +207,7 @@ def test_ray_serve_runs_vllm_as_we_do_and_chooses_by_the_session() -> None:
         flag.lstrip("-").partition("=")[::2]
         for flag in one(render({}), "StatefulSet")["spec"]["template"]["spec"]["containers"][0]["args"]
     )
+    assert model["engine_kwargs"]["load_format"] == "safetensors"
     for name, value in model["engine_kwargs"].items():
         told = args[name.replace("_", "-")]
         if isinstance(value, list):

@@ -131,8 +131,10 @@ resources:
 - to:
     {{- toYaml .Values.networkPolicy.dnsTo | nindent 4 }}
   ports:
-    - {protocol: UDP, port: 53}
-    - {protocol: TCP, port: 53}
+    {{- range .Values.networkPolicy.dnsPorts }}
+    - {protocol: UDP, port: {{ int . }}}
+    - {protocol: TCP, port: {{ int . }}}
+    {{- end }}
 {{- end }}
 
 {{/* Trigger of KEDA. Takes (list CONTEXT NAME QUERY THRESHOLD). */}}
@@ -174,6 +176,10 @@ sum(vllm:num_requests_waiting{{ printf "{namespace=%q,service=%q}" .Release.Name
 {{- end -}}
 {{- if and (not .Values.engine.enabled) .Values.engine.routerUrl -}}
 {{- fail "engine: routerUrl is for engines that the chart runs; with enabled: false name the router in external.urls" -}}
+{{- end -}}
+{{- $images := default 8 .Values.gateway.settings.max_images -}}
+{{- if and .Values.engine.enabled (not (lt (int $images) (int .Values.engine.maxImages))) -}}
+{{- fail (printf "engine.maxImages = %d must be more than gateway.settings.max_images = %d: the crop is one more" (int .Values.engine.maxImages) (int $images)) -}}
 {{- end -}}
 {{- if and .Values.gateway.prompts.content .Values.gateway.prompts.existingConfigMap -}}
 {{- fail "gateway.prompts: either content, or existingConfigMap, not both" -}}

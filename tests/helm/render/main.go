@@ -185,7 +185,7 @@ func execute(chart string, templates map[string]string, top object) (string, err
 	sort.Strings(names)
 	var out strings.Builder
 	for _, name := range names {
-		if strings.HasPrefix(path.Base(name), "_") || path.Base(name) == "NOTES.txt" {
+		if strings.HasPrefix(path.Base(name), "_") {
 			continue
 		}
 		full := chart + "/" + name
@@ -196,6 +196,9 @@ func execute(chart string, templates map[string]string, top object) (string, err
 		}
 		// As helm does: what is missing prints nothing.
 		text := strings.ReplaceAll(one.String(), "<no value>", "")
+		if path.Base(name) == "NOTES.txt" { // no resource, but an error in it ends a real install as well
+			continue
+		}
 		if strings.TrimSpace(text) != "" {
 			fmt.Fprintf(&out, "---\n# Source: %s\n%s\n", full, text)
 		}
