@@ -1,12 +1,15 @@
-"""Two real vLLM servers behind one gateway: each question stays with one, and when one is killed the other takes over."""
+"""Two real vLLM servers behind one gateway: each question stays with one; where that is stopped or killed, the other is asked."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import signal
 import subprocess
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +18,12 @@ from typing import Any
 import httpx2
 import pytest
 import support
-from asking import data_url, events
+from asking import data_url, error, events
 
 pytestmark = pytest.mark.vllm
 
 CLIENTS = 6
-"""Asking all the time; three on each engine."""
+"""Asking all the time, each about images of both engines."""
 
 
 @dataclass
@@ -31,23 +34,40 @@ class Fleet:
     engines: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     gateway: str = ""
 
-    def start(self) -> None:
-        """Start both servers, at the same time."""
-        for _ in range(2):
-            port = support.free_port()
-            self.engines[f"127.0.0.1:{port}"] = support.start_vllm(port, self.logs / f"{port}")
-        for address, process in self.engines.items():
-            support.wait_until(
-                lambda address=address, process=process: (
-                    support.answers(f"http://{address}/health") or process.poll() is not None
-                ),
-                "vLLM has started",
-            )
+    def start(self, *addresses: str) -> None:
+        """Start servers, at the same time."""
+        for address in addresses:
+            port = int(address.rpartition(":")[2])
+            self.engines[address] = support.start_vllm(port, self.logs / f"{port}", "--shutdown-timeout", "30")
+        for address in addresses:
+            support.wait_until(functools.partial(self.healthy, address), "vLLM has started")
+
+    def healthy(self, address: str) -> bool:
+        """Say whether a server answers; fails where it has ended."""
+        assert self.engines[address].poll() is None, (self.logs / address.rpartition(":")[2]).read_text()[-4000:]
+        return support.answers(f"http://{address}/health")
+
+    def terminate(self, address: str) -> None:
+        """Tell a server to stop, and wait until it has."""
+        self.engines[address].terminate()
+        self.engines[address].wait(support.START_SECONDS)
 
     def kill(self, address: str) -> None:
         """End a server without warning."""
         os.killpg(self.engines[address].pid, signal.SIGKILL)
         self.engines[address].wait()
+
+    def ready(self) -> float:
+        """Return how many servers the gateway takes for ready."""
+        return support.metric(self.gateway, "ergo_engine_ready")
+
+    def failovers(self) -> float:
+        """Return how many turns the gateway has moved from one server to the other."""
+        return support.metric(self.gateway, "ergo_engine_failovers_total")
+
+    def busy(self, address: str) -> bool:
+        """Say whether a server is writing a reply."""
+        return support.metric(f"http://{address}", "vllm:num_requests_running") > 0
 
     def turns(self, address: str) -> float:
         """Return how many requests a server has finished."""
@@ -61,10 +81,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         pytest.skip(reason)
     made = Fleet(tmp_path_factory.mktemp("fleet"))
     try:
-        made.start()
+        made.start(*(f"127.0.0.1:{support.free_port()}" for _ in range(2)))
         urls = ",".join(f"http://{address}" for address in made.engines)
         with support.gateway(engine="vllm", engine_url=urls) as made.gateway:
-            support.wait_until(lambda: support.metric(made.gateway, "ergo_engine_ready") == 2, "both have been looked at")
+            support.wait_until(lambda: made.ready() == 2, "both have been looked at")
             yield made
     finally:
         for process in made.engines.values():
@@ -100,7 +120,7 @@ def test_the_answer_turn_lands_on_the_server_of_the_zoom_turn(fleet: Fleet) -> N
         assert last["cached_tokens"] >= 0.6 * zoom["prompt_tokens"]
     assert all(sorted(one.values()) == [0, 2] for one in turns)
     assert all(fleet.turns(address) > before[address] for address in fleet.engines)
-    assert support.metric(fleet.gateway, "ergo_engine_failovers_total") == 0
+    assert fleet.failovers() == 0
 
 
 def test_later_questions_about_an_image_reach_the_same_server(fleet: Fleet) -> None:
@@ -112,11 +132,90 @@ def test_later_questions_about_an_image_reach_the_same_server(fleet: Fleet) -> N
         assert zoom["cached_tokens"] >= again["visual_tokens"]["overview"] // 32 * 32
 
 
+@dataclass
+class Crowd:
+    """Clients that ask on and on, half of them for streams."""
+
+    fleet: Fleet
+    expected: dict[int, str]
+    """What is answered about each scene, undisturbed."""
+    answered: Counter[int] = field(default_factory=Counter)
+    """By client."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """By the error's code."""
+    clients: list[Future[None]] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, which: int) -> None:
+        """Be one of the clients; fails at what is neither the right answer nor a refusal that says when to come back."""
+        for number in itertools.islice(itertools.cycle(self.expected), which * 3, None):
+            if self.over.is_set():
+                return
+            response = ask(self.fleet, number, stream=which % 2 == 0)
+            if response.status_code == 503:
+                self.refused[error(response)[1]] += 1
+                assert int(response.headers["retry-after"]) >= 1
+                self.over.wait(1)
+            else:
+                assert answer(response)["answer"] == self.expected[number]
+                self.answered[which] += 1
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for something; fails where a client has."""
+
+        def so() -> bool:
+            for client in self.clients:
+                assert not client.done(), client.result()
+            return condition()
+
+        support.wait_until(so, what)
+
+    def go_on(self) -> None:
+        """Wait until every client has had two answers more."""
+        least = {which: self.answered[which] + 2 for which in range(CLIENTS)}
+        self.until(lambda: all(self.answered[which] >= least[which] for which in least), "everybody is answered")
+
+
+def restart(fleet: Fleet, address: str, crowd: Crowd) -> None:
+    """Stop a server amid its replies, start it again, and wait until it has its images back."""
+    crowd.go_on()
+    crowd.until(lambda: fleet.busy(address), "it is busy")
+    fleet.terminate(address)
+    crowd.until(lambda: fleet.ready() == 1, "the gateway has noticed")
+    crowd.go_on()
+    fleet.start(address)
+    crowd.until(lambda: fleet.ready() == 2, "both are ready again")
+    begun = fleet.turns(address)
+    crowd.until(lambda: fleet.turns(address) > begun, "its images are its own again")
+
+
+def test_servers_are_restarted_one_by_one_and_nobody_loses_a_question(fleet: Fleet) -> None:
+    """Under load one of two is told to stop, is gone, and is started again on its port; once both are ready, the other is. Every
+    question, streamed or not, is answered as it would be else, or refused with a time to come back."""
+    crowd = Crowd(fleet, {number: answer(ask(fleet, number))["answer"] for number in range(700, 716)})
+    moved = fleet.failovers()
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        crowd.clients = [pool.submit(crowd.run, which) for which in range(CLIENTS)]
+        try:
+            for address in list(fleet.engines):
+                restart(fleet, address, crowd)
+            crowd.go_on()
+        finally:
+            crowd.over.set()
+    for client in crowd.clients:
+        client.result()
+    print(crowd.answered, crowd.refused, fleet.failovers() - moved)
+    assert crowd.refused.keys() <= {"engine_unavailable", "engine_busy", "overloaded"}
+    assert crowd.answered.total() >= 10 * CLIENTS
+    assert fleet.failovers() > moved
+
+
 def test_a_server_that_is_killed_costs_no_request(fleet: Fleet) -> None:
     """Under load one of two is killed without warning: every request, streamed or not, is answered as it would be else."""
     scenes = [750 + number for number in range(12)]
     expected = {number: answer(ask(fleet, number))["answer"] for number in scenes}
     victim = max(fleet.engines, key=fleet.turns)
+    moved = fleet.failovers()
 
     def client(which: int) -> list[tuple[int, str]]:
         found = []
@@ -130,16 +229,16 @@ def test_a_server_that_is_killed_costs_no_request(fleet: Fleet) -> None:
     with ThreadPoolExecutor(CLIENTS) as pool:
         asked: list[Future[list[tuple[int, str]]]] = [pool.submit(client, which) for which in range(CLIENTS)]
         support.wait_until(
-            lambda: sum(done.values()) >= CLIENTS and support.metric(f"http://{victim}", "vllm:num_requests_running") > 0,
+            lambda: sum(done.values()) >= CLIENTS and fleet.busy(victim),
             "it is busy",
         )
         fleet.kill(victim)
         found = [pair for future in asked for pair in future.result(support.START_SECONDS)]
     assert len(found) == CLIENTS * 10
     assert [(number, said) for number, said in found if said != expected[number]] == []
-    assert support.metric(fleet.gateway, "ergo_engine_failovers_total") > 0
+    assert fleet.failovers() > moved
     assert support.answers(f"{fleet.gateway}/readyz")
     support.wait_until(lambda: support.metric(fleet.gateway, "ergo_engine_ready", victim) == 0, "the health check has noticed")
-    moved = support.metric(fleet.gateway, "ergo_engine_failovers_total")
+    moved = fleet.failovers()
     assert [answer(ask(fleet, number))["answer"] for number in scenes] == list(expected.values())
-    assert support.metric(fleet.gateway, "ergo_engine_failovers_total") <= moved + 1
+    assert fleet.failovers() <= moved + 1
