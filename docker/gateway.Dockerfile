@@ -1,4 +1,5 @@
-# The gateway as an image: non-root, at home on a read-only root file system (/tmp alone is written to), without build tools.
+# The gateway as an image: non-root, at home on a read-only root file system (/tmp alone is written to), without build tools but for
+# the setuptools that torch requires.
 #
 #   docker build -f docker/gateway.Dockerfile -t ergo-vqa-gateway .
 #
@@ -6,7 +7,7 @@
 #   PYTHON_IMAGE          what both stages begin with: Python 3.11 or later with venv, and ca-certificates. Pin it by its digest:
 #                         PYTHON_IMAGE=python:3.11-slim-bookworm@sha256:…
 #   EXTRA                 server: in front of vLLM (the default). embedded: with torch, to run a model itself
-#   PIP_EXTRA_INDEX_URL   where pip's index offers only GPU builds of torch: one that has the CPU build
+#   PIP_EXTRA_INDEX_URL   for embedded: an index that has torch's CPU builds, where pip's own offers only those for GPUs
 #
 # A pip.conf of one's own, for an index that wants a password, is a build secret and stays out of the image:
 #   docker build --secret id=pip.conf,src=pip.conf …
@@ -34,8 +35,15 @@ ARG EXTRA=server
 LABEL org.opencontainers.image.title="ergo-vqa gateway (${EXTRA})" \
       org.opencontainers.image.description="Questions about high-resolution images: look at the whole, zoom in once, answer." \
       org.opencontainers.image.licenses="Apache-2.0"
-# The base's own pip goes; the certificates, for remote images, tracing and an engine behind https, must be there.
-RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/site-packages/pip* /usr/local/lib/python3*/ensurepip \
+# What the base has for installing packages goes: the official image keeps it below /usr/local, Debian below /usr. The certificates,
+# for remote images, tracing and an engine behind https, must be there.
+RUN for lib in /usr/local/lib/python3* /usr/lib/python3*; do \
+        rm -rf "$lib/ensurepip"; \
+        for tool in pip setuptools wheel pkg_resources _distutils_hack distutils-precedence.pth; do \
+            rm -rf "$lib/site-packages/$tool"* "$lib/dist-packages/$tool"*; \
+        done; \
+    done \
+    && rm -rf /usr/local/bin/pip* /usr/local/bin/wheel /usr/bin/pip* /usr/share/python-wheels \
     && test -s /etc/ssl/certs/ca-certificates.crt \
     && groupadd --gid 10001 ergo \
     && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin ergo

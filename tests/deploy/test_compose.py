@@ -120,10 +120,26 @@ def test_an_engine_has_no_way_out(name: str) -> None:
 
 
 def test_the_engine_serves_what_was_fetched() -> None:
-    """The engine's model is the folder into which the model's pinned revision is put."""
-    service = composition(example() | {"MODEL_REVISION": "abc"})["services"]
-    assert service["model"]["command"] == ["nota-ai/ERGO-7B", "--revision", "abc", "--local-dir", "/models/abc"]
-    assert service["engine"]["command"][0] == "/models/abc"
+    """The engines' model is the folder into which the model's pinned revision is put; another model or revision has another."""
+    folders = set()
+    for model, revision in (("nota-ai/ERGO-7B", "abc"), ("nota-ai/ERGO-7B", "def"), ("someone/else", "abc")):
+        service = composition(example() | {"MODEL": model, "MODEL_REVISION": revision})["services"]
+        folder = service["engine"]["command"][0]
+        assert service["model"]["command"] == [model, f"--revision={revision}", f"--local-dir={folder}"]
+        assert service["engine-2"]["command"] == service["engine"]["command"]
+        assert f"--served-model-name={model}" in service["engine"]["command"]
+        folders.add(folder)
+    assert len(folders) == 3
+    (kept,) = {volume.split(":")[1] for volume in SERVICES["model"]["volumes"]}
+    assert all(folder.startswith(f"{kept}/") for folder in folders)
+
+
+def test_the_page_tells_which_revision_was_fetched() -> None:
+    """The command that the page gives reads below the folder into which the model is put by default, in a service that has it."""
+    (command,) = re.findall(r"^docker compose run .*$", (ROOT / "docs/docker.md").read_text(), re.MULTILINE)
+    path = command.split()[-1]
+    assert path.startswith(f"{SERVICES['engine']['command'][0]}/.cache/huggingface/download/")
+    assert " model " in command
 
 
 def test_two_engines_differ_in_their_gpu_only() -> None:

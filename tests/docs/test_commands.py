@@ -55,16 +55,19 @@ NOT_RUN = {
     "accelerate launch --config_file training/configs/fsdp.yaml -m ergo_train.grpo training/configs/qwen2.5-vl-7b.toml "
     "runs/qwen": "likewise",
     "make evaluate": "minutes; test_training.py runs what it runs",
-    "helm install eyes helm/ergo-vqa --namespace vision --create-namespace "
-    "--set gateway.image.repository=registry.example/ergo-vqa-gateway": "needs a cluster; tests/helm renders the chart",
+    "docker build -f docker/gateway.Dockerfile -t registry.example/ergo-vqa-gateway:0.1.0 .": "needs Docker's engine",
+    "docker push registry.example/ergo-vqa-gateway:0.1.0": "likewise, and a registry",
+    "helm install eyes helm/ergo-vqa --namespace vision --create-namespace --wait --timeout 30m \\\n"
+    "    --set gateway.image.repository=registry.example/ergo-vqa-gateway": "needs a cluster; tests/helm renders the chart",
     "helm test eyes --namespace vision --logs": "likewise; tests/helm runs the pod's program",
     "helm install eyes helm/ergo-vqa --namespace vision --values helm/recipes/vllm-router/ergo-vqa.yaml": "likewise",
     "helm install eyes-router helm/recipes/vllm-router --namespace vision --set engines=eyes": "likewise",
     "helm install eyes helm/ergo-vqa --namespace vision --values helm/recipes/llm-d/ergo-vqa.yaml": "likewise",
-    'helm install eyes-pool "$LLM_D_CHART" --namespace vision '
+    "helm install eyes-pool $LLM_D_CHART --version v0.11.0 --namespace vision "
     "--values helm/recipes/llm-d/router.yaml": "needs a cluster, and llm-d",
     "kubectl apply --namespace vision --filename helm/recipes/llm-d/route.yaml": "likewise",
-    "helm install stack vllm/vllm-stack --namespace vision --values helm/recipes/production-stack/values.yaml": "likewise",
+    "helm install stack vllm/vllm-stack --version 0.1.12 --namespace vision "
+    "--values helm/recipes/production-stack/values.yaml": "likewise",
     "helm install eyes helm/ergo-vqa --namespace vision --values helm/recipes/production-stack/ergo-vqa.yaml": "likewise",
     "serve deploy helm/recipes/ray-serve/serve.yaml": "needs Ray, and GPUs",
     "helm install eyes helm/ergo-vqa --namespace vision --values helm/recipes/ray-serve/ergo-vqa.yaml": "likewise",
@@ -77,6 +80,8 @@ NOT_RUN = {
     "docker compose build": "needs Docker's engine; tests/deploy builds the image with buildah, and reads the Compose file",
     "docker compose up --detach": "likewise",
     "docker compose logs --follow model engine": "likewise",
+    "docker compose run --rm --no-deps --entrypoint head model -n 1 "
+    "/models/nota-ai/ERGO-7B/main/.cache/huggingface/download/config.json.metadata": "likewise",
     "docker run --rm ergo-vqa-gateway:0.1.0 keys new me >> secrets/api-keys": "likewise",
     "docker build -f docker/gateway.Dockerfile -t ergo-vqa-gateway .": "likewise",
     "docker run --rm --read-only --tmpfs /tmp --cap-drop ALL --stop-timeout 35 -p 127.0.0.1:8000:8000 \\\n"

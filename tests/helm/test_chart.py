@@ -436,8 +436,8 @@ def test_the_download_has_the_engines_environment() -> None:
 
 @every_set
 def test_probes_ask_what_there_is(values: Values) -> None:
-    """The gateway is restarted by what tells of its process, and gets requests by what tells of its engine, too; the app knows both
-    paths, and listens on the port. The engine's probes ask its /health."""
+    """The gateway is restarted by what tells of its process, and gets requests by what tells of its engine as well; the app knows
+    both paths, and listens on the port. The engine's probes ask its /health."""
     resources = render(values)
     container = container_of(resources, "Deployment", "-gateway")
     assert [container[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")] == [
