@@ -134,11 +134,12 @@ def test_a_plate_of_dots_is_as_dark_however_many_there_are() -> None:
 
 @pytest.mark.parametrize("number", range(40))
 def test_counts_are_what_is_drawn(number: int) -> None:
-    """The answer to a count is the number of dots, one to nine, which is the sum of its three rows."""
+    """The answer to a count is the number of dots, one to nine, and what is read off tells where they are."""
     for query in hard_scene(number, size=SIZE).queries:
         if query.kind == Kind.COUNT:
             assert int(query.answer) == len(query.dots) == sum(map(int, query.read))
             assert 1 <= len(query.dots) <= 9
+            assert [mark for mark, one in zip(query.marks, query.read, strict=True) if one == "1"] == list(query.dots)
 
 
 def test_a_close_up_holds_what_it_asks_about() -> None:
@@ -148,4 +149,4 @@ def test_a_close_up_holds_what_it_asks_about() -> None:
         x, y = centre(query.plate)
         assert 0 < x < image.width
         assert 0 < y < image.height
-        assert len(query.marks) == 3
+        assert len(query.marks) == len(query.read) == (9 if query.kind == Kind.COUNT else 3)

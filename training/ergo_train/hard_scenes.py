@@ -120,15 +120,16 @@ def hard_scene(seed: int, *, size: tuple[int, int] | None = None, kind: Kind | N
 
 
 def close_up(rng: random.Random) -> tuple[Image.Image, Query]:
-    """Draw what a crop of a hard scene shows: a tag, or a plate of dots or digits on its landmark, somewhat off the middle."""
+    """Draw what a crop of a hard scene shows: a tag, or a plate of dots on its landmark, somewhat off the middle.
+
+    Three in four are tags: dots were read by the time that half of the codes on tags were not.
+    """
     u = rng.uniform(5.5, 8.5)
     width, height = (30 * u * (rng.uniform(0.8, 1.0) if rng.random() < 0.2 else 1.0) for _ in range(2))
     image = texture(rng, round(width), round(height))
     x, y = width / 2 + rng.uniform(-7.5, 7.5) * u, height / 2 + rng.uniform(-7.5, 7.5) * u
     colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-    drawn = rng.choice((Kind.CODE, Kind.COUNT, Kind.COUNT, Kind.BESIDE, Kind.BESIDE))
-    if drawn == Kind.CODE:
-        return image, scenes.code_query(scenes.draw_landmark(rng, image, u, x / u, y / u, colour, shape))
+    drawn = rng.choice((Kind.COUNT, Kind.BESIDE, Kind.BESIDE, Kind.BESIDE))
     if drawn == Kind.COUNT:
         return image, _counted(rng, image, u, x, y, colour, shape)[1]
     side = rng.choice(list(SIDES))
@@ -233,20 +234,15 @@ def _counted(
     draw = ImageDraw.Draw(image)
     draw.rectangle(plate, fill=paper)
     filled = rng.sample(range(9), rng.randint(1, 9))
-    dots = []
-    for place in range(9):
-        px, py = cx + (place % 3 - 1) * pitch, cy + (place // 3 - 1) * pitch
+    marks = tuple((cx + (place % 3 - 1) * pitch, cy + (place // 3 - 1) * pitch) for place in range(9))
+    for place, (px, py) in enumerate(marks):
         mark = dot(round(2 * u), ring=place not in filled)
         image.paste(ink, (round(px - mark.width / 2), round(py - mark.height / 2)), mark)
-        if place in filled:
-            dots.append((px, py))
-    rows = "".join(str(sum(place // 3 == row for place in filled)) for row in range(3))
-    marks = tuple((cx, cy + (row - 1) * pitch) for row in range(3))
+    seen = "".join("1" if place in filled else "0" for place in range(9))
+    dots = tuple(mark for mark, one in zip(marks, seen, strict=True) if one == "1")
     landmark = Landmark(colour, shape, "", x, y, diameter, plate, ())
     answer = str(len(filled))
-    return landmark, Query(
-        Kind.COUNT, FORMS[Kind.COUNT], landmark.name, answer, (centre(plate),), plate, rows, marks, tuple(dots)
-    )
+    return landmark, Query(Kind.COUNT, FORMS[Kind.COUNT], landmark.name, answer, (centre(plate),), plate, seen, marks, dots)
 
 
 @functools.lru_cache(64)

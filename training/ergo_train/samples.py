@@ -261,7 +261,7 @@ class Packer:
             sample.views.append(Picture(scene.image).overview())
             self._hint_landmarks(sample, sample.views[0], scene.landmarks)
         for number in range(len(sample.views), VIEWS):
-            if rng.random() < 0.4:
+            if rng.random() < 0.25:
                 image, landmark = scenes.close_up(rng)
                 query = scenes.code_query(landmark)
             else:

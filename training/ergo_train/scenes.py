@@ -126,7 +126,7 @@ class Query:
     plate: Edges
     """The plate that the answer is on."""
     read: str
-    """The three digits that are read off the plate: the code, or how many dots each of three rows has."""
+    """The digits that are read off the plate: the three of the code, or nine, row by row, 1 for a dot and 0 for a ring."""
     marks: tuple[Point, ...]
     """Where each of them is read."""
     dots: tuple[Point, ...] = ()
