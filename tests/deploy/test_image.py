@@ -99,14 +99,15 @@ def pip_secrets(folder: Path) -> list[str]:
     settings: dict[str, str] = {}
     for source in ("global", ":env:"):  # the later one wins, as with pip
         settings |= re.findall(rf"^{source}\.([\w-]+)='(.*)'$", said, re.MULTILINE)
-    conf = folder / "pip.conf"
-    conf.write_text("\n".join(["[global]", *(f"{name} = {value}" for name, value in settings.items()), ""]))
-    arguments = ["--secret", f"id=pip.conf,src={conf}"]
     # Certificates, constraints and wheels of this machine; pip does not go on without a file of constraints that it is told of.
-    for path in dict.fromkeys(" ".join(settings.values()).split()):
-        if path.startswith("/") and Path(path).exists():
-            arguments += ["--volume", f"{path}:{path}:ro"]
-    return arguments
+    # What they are mounted on stays in the image, empty, so it has a name that says nothing.
+    paths = dict.fromkeys(word for value in settings.values() for word in value.split() if word[0] == "/" and Path(word).exists())
+    mounted = {path: f"/mnt/{number}" for number, path in enumerate(paths)}
+    conf = folder / "pip.conf"
+    lines = (f"{name} = {' '.join(mounted.get(word, word) for word in value.split())}" for name, value in settings.items())
+    conf.write_text("\n".join(["[global]", *lines, ""]))
+    volumes = (f"--volume={path}:{target}:ro" for path, target in mounted.items())
+    return [f"--secret=id=pip.conf,src={conf}", *volumes]
 
 
 @pytest.fixture(scope="module")
