@@ -29,6 +29,7 @@ from ergo_server.imaging.geometry import PixelBudget
 from ergo_server.imaging.header import ImageHeader, Limits, read_header
 from ergo_server.imaging.view import View, overview
 from ergo_server.settings import Settings
+from ergo_train.hard_scenes import hard_scene
 from ergo_train.scenes import HELD_OUT, Scene, scene
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,11 @@ START_SECONDS = 600
 def held_out(number: int, *, size: tuple[int, int] | None = None) -> Scene:
     """Return a scene that training never draws."""
     return scene(HELD_OUT + number, size=size)
+
+
+def held_out_hard(number: int) -> Scene:
+    """Return a hard scene that training never draws."""
+    return hard_scene(HELD_OUT + number)
 
 
 def encode(made: Scene, form: str = "JPEG") -> bytes:
@@ -158,9 +164,9 @@ class Process:
         self._complaints.seek(0)
         return self._complaints.read()
 
-    def end(self) -> tuple[int, str]:
+    def end(self, seconds: float = 60) -> tuple[int, str]:
         """Wait until it has ended; returns its exit status, and what it complained of."""
-        return self._running.wait(60), self.complaints()
+        return self._running.wait(seconds), self.complaints()
 
 
 @contextlib.contextmanager

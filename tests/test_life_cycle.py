@@ -34,6 +34,15 @@ PHOTOS = [support.encode(scene) for scene in SCENES]
 PIECES = 8
 """That a slow upload is sent in."""
 
+PATIENCE = support.START_SECONDS
+"""Seconds that a gateway has to finish what is under way, and a sender may pause; what happens when such times are over is in
+test_drain.py and tests/api."""
+
+STALL_SECONDS = 15
+"""By which a question may outlast its deadline: the gateway counts from when it has the question, and two processes of vLLM that
+spin can keep all others of a small machine waiting for ten (`support.start_vllm`). What else ends a wait takes longer: a turn's
+60 s, the engine's silence of 120."""
+
 
 @dataclass(frozen=True, slots=True)
 class Told:
@@ -246,10 +255,17 @@ class Stage:
         self.process = None
 
     def running(self) -> float:
-        """Return how many requests vLLM works on."""
+        """Return how many requests vLLM works on.
+
+        Its gauges are set with the next output of its engine, which a reply that ended at one of our stop strings may not have
+        brought yet: a reply that ends at its length brings it along.
+        """
+        body = {"model": "ergo-mini", "messages": [{"role": "user", "content": "?"}], "max_tokens": 1}
+        with connections() as http:
+            assert http.post(f"{self.url}/v1/chat/completions", json=body).status_code == 200
         return support.metric(self.url, "vllm:num_requests_running") + support.metric(self.url, "vllm:num_requests_waiting{")
 
-    def gateway(self, ready: str = "/readyz", **settings: object) -> contextlib.AbstractContextManager[Process]:
+    def gateway(self, ready: str = "/readyz", /, **settings: object) -> contextlib.AbstractContextManager[Process]:
         """Run a gateway that knows vLLM's address, and nothing else of it."""
         return support.process(ready, engine="vllm", engine_url=self.url, **settings)
 
@@ -303,7 +319,8 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(stage: Stage) -> Non
         with connections() as http:
             return ask(http, server.url, number, "half", lambda http, url, number: slowly(http, url, number, pause))
 
-    with stage.gateway() as server, ThreadPoolExecutor() as pool, crowd(server.url) as clients:
+    patient = {f"{what}_seconds": PATIENCE for what in ("drain", "body", "body_stall")}
+    with stage.gateway(**patient) as server, ThreadPoolExecutor() as pool, crowd(server.url) as clients:
         halves = [pool.submit(upload, number) for number in range(2)]
         half.wait(support.START_SECONDS)
         clients.go_on()
@@ -311,8 +328,9 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(stage: Stage) -> Non
         server.signal()
         support.wait_until(lambda: not server.accepts(), "no connection is taken any more")
         rest.set()
-        assert all(told.result().answered and told.result().right for told in halves)
-        assert server.end() == (0, "")
+        answers = [told.result() for told in halves]
+        assert all(told.answered and told.right for told in answers), answers
+        assert server.end(PATIENCE) == (0, "")
     assert any(told.answered and told.began < signalled < told.began + told.seconds for told in clients.told)
     assert clients.outcomes().keys() <= {(200, ""), (503, "overloaded"), (0, "")}
     assert stage.running() == 0
@@ -323,12 +341,14 @@ def test_gateways_are_replaced_one_by_one_and_nobody_loses_a_question(stage: Sta
     every answer, and nothing that they had sent breaks off."""
     stage.ready()
     with contextlib.ExitStack() as stack:
-        first, second, third = (stack.enter_context(stage.gateway(drain_grace_seconds=1)) for _ in range(3))
+        first, second, third = (
+            stack.enter_context(stage.gateway(drain_grace_seconds=1, drain_seconds=PATIENCE)) for _ in range(3)
+        )
         with crowd(first.url, second.url) as clients:
             for place, (old, new) in enumerate([(first, third), (second, first)]):
                 clients.go_on()
                 old.signal()
-                assert old.end() == (0, "")
+                assert old.end(PATIENCE) == (0, "")
                 clients.go_on()
                 clients.urls[place] = new.url
     assert clients.outcomes().keys() <= {(200, ""), (503, "overloaded"), (0, "")}
@@ -337,26 +357,33 @@ def test_gateways_are_replaced_one_by_one_and_nobody_loses_a_question(stage: Sta
 
 def test_the_engine_is_restarted_under_load_and_the_gateway_goes_on(stage: Stage) -> None:
     """While vLLM stops, is gone and comes back, each question is answered rightly, or with an error that says who failed, within
-    its deadline; readiness turns false and true again; then all is answered, by the gateway as it was. A client of ours that may
-    try often enough sees nothing of it."""
+    its deadline; readiness turns false and true again; then all is answered, by the gateway as it was. A client of ours gives up
+    with its usual two retries when vLLM is gone for longer than those wait; one that may try often enough sees nothing of it."""
     stage.ready()
     ready: list[int] = []
     deadline = 30
+    usual, patient = Python(retries=2), Python(retries=50)
     with stage.gateway(request_seconds=deadline) as server, ThreadPoolExecutor() as pool, crowd(server.url) as clients:
         over = clients.over
         pool.submit(probe, server, ready, over)
-        usual, patient = (pool.submit(ask_as_python_does, server.url, retries, over) for retries in (2, 50))
+        asking = [pool.submit(python.run, server.url, over) for python in (usual, patient)]
         clients.go_on()
         stage.terminate()
         support.wait_until(lambda: ready[-1] == 503, "the gateway is not ready")
+        support.wait_until(lambda: usual.failed["ServerBusy"] or asking[0].done(), "the usual client has given up")
         stage.ready()
         support.wait_until(lambda: ready[-1] == 200, "the gateway is ready again")
         clients.go_on()
         back = time.monotonic()
         clients.go_on()
         over.set()
-        print(clients.outcomes(), usual.result(), patient.result())
-        assert patient.result()[1] == 0
+        for client in asking:
+            client.result()
+    print(usual, patient, f"the longest question took {max(told.seconds for told in clients.told):.1f} s")
+    assert usual.answered > 0
+    assert usual.failed.keys() <= {"ServerBusy", "ServerFailed"}
+    assert patient.answered > 0
+    assert not patient.failed
     assert clients.outcomes().keys() <= {
         (200, ""),
         (200, "engine_failed"),
@@ -367,7 +394,7 @@ def test_the_engine_is_restarted_under_load_and_the_gateway_goes_on(stage: Stage
         (504, "engine_timeout"),
     }
     assert all(told.answered for told in clients.told if told.began > back)
-    assert max(told.seconds for told in clients.told) < 2 * deadline
+    assert max(told.seconds for told in clients.told) < deadline + STALL_SECONDS
     assert stage.running() == 0
 
 
@@ -377,14 +404,21 @@ def probe(server: Process, ready: list[int], over: threading.Event) -> None:
         ready.append(server.get("/readyz").status_code)
 
 
-def ask_as_python_does(url: str, retries: int, over: threading.Event) -> tuple[int, int]:
-    """Ask with the client of ours, on and on; returns how many questions were answered, and how many failed."""
-    answered = failed = 0
-    with Client(url, max_retries=retries) as client:
-        while not over.is_set():
-            try:
-                assert client.ask(PHOTOS[0], SCENES[0].question).text == SCENES[0].answer
-                answered += 1
-            except (ServerBusy, ServerFailed, TimedOut):
-                failed += 1
-    return answered, failed
+@dataclass
+class Python:
+    """A client of ours that asks on and on, and what became of its questions."""
+
+    retries: int
+    answered: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    """By the exception."""
+
+    def run(self, url: str, over: threading.Event) -> None:
+        """Ask until it is over."""
+        with Client(url, max_retries=self.retries, timeout=support.START_SECONDS) as client:
+            while not over.is_set():
+                try:
+                    assert client.ask(PHOTOS[0], SCENES[0].question).text == SCENES[0].answer
+                    self.answered += 1
+                except (ServerBusy, ServerFailed, TimedOut) as failure:
+                    self.failed[type(failure).__name__] += 1
