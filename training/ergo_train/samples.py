@@ -227,7 +227,8 @@ class Packer:
         sample = Sample()
         picture = Picture(scene.image)
         close = rng.random() < 0.1
-        chosen = _chosen(rng, scene.queries)
+        # Only the first two branches read a crop: what is hard to read goes first. Codes on plates are read in plain scenes.
+        chosen = sorted(_chosen(rng, scene.queries)[:BRANCHES], key=lambda query: query.kind in (Kind.CODE, Kind.RELATION))
         if close:  # a close-up as the whole image: fits the budget, so it is read without zoom
             query = chosen[0]
             view = picture.close_up(self._around(picture.size, query.plate, rng))
@@ -242,7 +243,7 @@ class Packer:
             self._single(sample, 1, rng, view, query, start + 1, path=query.path[-1:])
             return sample
         self._hint_landmarks(sample, view, scene.landmarks)
-        for number, query in enumerate(chosen[:BRANCHES], start=1):
+        for number, query in enumerate(chosen, start=1):
             mark = len(sample.ids)
             if number <= 2:
                 self._zoom(sample, number, rng, scene, picture, query, start + 1, both=True)

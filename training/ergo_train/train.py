@@ -36,7 +36,7 @@ from ergo_train.samples import LENGTH, SLOTS, VIEWS, Packer, Sample, View
 PROMPTS = Path(__file__).parents[2] / "models" / "ergo_mini" / "prompts.toml"
 
 
-HARD_SHARE = 0.6
+HARD_SHARE = 0.7
 """Share of hard scenes: they hold five kinds of questions, the others one."""
 
 
@@ -148,11 +148,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--see-steps", type=int, default=1200, help="steps of the vision part alone")
-    parser.add_argument("--steps", type=int, default=1400, help="steps of the whole, after those")
+    parser.add_argument("--steps", type=int, default=2400, help="steps of the whole, after those")
     parser.add_argument("--batch", type=int, default=32, help="scenes a step")
-    parser.add_argument("--close-ups", type=int, default=64, help="triples of close-ups a step, beside the scenes")
+    parser.add_argument("--close-ups", type=int, default=40, help="triples of close-ups a step, beside the scenes")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--decay", type=float, default=0.4, help="share of the steps over which the rate falls")
+    parser.add_argument("--decay", type=float, default=0.5, help="share of the steps over which the rate falls")
     parser.add_argument("--threads", type=int, default=1, help="threads of the arithmetic")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights")
