@@ -12,7 +12,6 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, FastAPI
 from fastapi.telemetry import TelemetryConfig
@@ -31,7 +30,7 @@ from ergo_server.api.openapi import KEYED, answer, operation
 from ergo_server.api.receive import BodyLimits, LimitBody
 from ergo_server.api.schemas import Health, Readiness, ServerVersion
 from ergo_server.api.service import Service
-from ergo_server.engine.base import Engine
+from ergo_server.engine.base import Engine, address
 from ergo_server.engine.breaker import Breaker
 from ergo_server.engine.replicas import Replicas
 from ergo_server.engine.retries import RetryBudget, RetryOutcome
@@ -73,7 +72,7 @@ def create_engines(
 
         key = _secret(settings.engine_api_key, settings.engine_api_key_file)
         return {
-            urlsplit(url).netloc.rpartition("@")[2]: VllmEngine(
+            address(url): VllmEngine(
                 url,
                 model=settings.engine_model,
                 api_key=key,
@@ -305,7 +304,7 @@ def _tracing(settings: Settings, instead: Engine | None) -> Tracing | None:
         engine = AskedEngine(instead.name)
     elif settings.engine == "vllm":
         urls = settings.engine_urls
-        alone = urlsplit(urls[0]).netloc.rpartition("@")[2] if len(urls) == 1 else ""
+        alone = address(urls[0]) if len(urls) == 1 else ""
         engine = AskedEngine("vllm", settings.engine_model or "", alone)
     else:
         engine = AskedEngine("embedded", settings.checkpoint or "ergo-mini")
