@@ -54,7 +54,7 @@ bench-images: .venv/.dev
 	$(BIN)/python loadtests/bench_images.py
 
 load: .venv/.dev .venv-vllm/.tried
-	$(BIN)/python -m loadtests.load short --seconds 12 --slo 2
+	$(BIN)/python -m loadtests.load short --seconds 12 --slo 2 --budget 640
 
 soak: .venv/.dev .venv-vllm/.tried
 	$(BIN)/python -m loadtests.load soak --seconds 600

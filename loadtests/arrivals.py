@@ -30,7 +30,7 @@ def poisson(rate: float, seconds: float, seed: int) -> Schedule:
     return tuple(schedule)
 
 
-def keep(schedule: Schedule, start: float, ask: Sequence[Callable[[float], None]]) -> None:
+def keep(schedule: Schedule, start: float, ask: Sequence[Callable[[float], object]]) -> None:
     """Call each of ``ask`` in a greenlet of its own when it is due; returns when all have returned.
 
     Args:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ergo_server.imaging.geometry import MAX_VISUAL_TOKENS
 from ergo_server.protocol.base import Prompts
 from loadtests.pictures import Picture
-from loadtests.questions import Request, Server, bare, chat
+from loadtests.questions import Request, Sample, Server, bare, chat
 from loadtests.report import Run, Summary, summarize
 
 
@@ -50,6 +51,43 @@ def interleaved(count: int, lanes: Sequence[Lane]) -> Iterator[tuple[int, Lane]]
     for number in range(count):
         for place in range(len(lanes)):
             yield number, lanes[(number + place) % len(lanes)]
+
+
+def after(before: Sequence[Sample], samples: Sequence[Sample]) -> list[Sample]:
+    """Return samples moved behind those of the round before, so that the pause between the rounds counts for nothing."""
+    shift = max((sample.ended for sample in before), default=0.0) - min((sample.due for sample in samples), default=0.0)
+    return [replace(s, due=s.due + shift, sent=s.sent + shift, ended=s.ended + shift) for s in samples]
+
+
+def work(samples: Sequence[Sample]) -> str | None:
+    """Return the work of a question as options of docs/sizing.py, means of what the server said of its turns; None of no turns.
+
+    An answer turn's prompt is the zoom turn's, its reply, and what is new; only that is counted.
+    """
+    turns = [{turn.name: turn for turn in sample.reply.turns} for sample in samples if sample.answered]
+    zoomed = [found for found in turns if found.keys() == {"zoom", "answer"}]
+    single = [found["single"] for found in turns if found.keys() == {"single"}]
+    means: dict[str, float] = {}
+    if zoomed:
+        zoom, answer = ([found[name] for found in zoomed] for name in ("zoom", "answer"))
+        pairs = list(zip(zoom, answer, strict=True))
+        means |= {
+            "overview": statistics.fmean(turn.image for turn in zoom),
+            "zoom-text": statistics.fmean(turn.prompt - turn.image for turn in zoom),
+            "zoom-reply": statistics.fmean(turn.completion for turn in zoom),
+            "crop": statistics.fmean(last.image - first.image for first, last in pairs),
+            "answer-text": statistics.fmean(
+                last.prompt - last.image - (first.prompt - first.image) - first.completion for first, last in pairs
+            ),
+            "answer-reply": statistics.fmean(turn.completion for turn in answer),
+        }
+    if single:
+        means |= {
+            "baseline": statistics.fmean(turn.image for turn in single),
+            "single-text": statistics.fmean(turn.prompt - turn.image for turn in single),
+            "single-reply": statistics.fmean(turn.completion for turn in single),
+        }
+    return " ".join(f"--{name} {value:.0f}" for name, value in means.items()) or None
 
 
 def ratios(runs: Sequence[Run], objective: float) -> list[str]:

@@ -15,29 +15,34 @@ import locust  # isort: split
 
 import argparse
 import contextlib
+import http.client
 import json
+import math
 import platform
 import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import gevent
 import support
 
 from ergo_server.protocol.prompts import builtin_profile, load_profile
-from loadtests import ROOT, report, scenarios, servers, soak
+from loadtests import ROOT, report, scenarios, servers, soak, verdicts
 from loadtests.arrivals import poisson
-from loadtests.compare import interleaved, lanes, ratios
-from loadtests.pictures import QUESTIONS_EACH, Picture, pool
+from loadtests.compare import after, interleaved, lanes, ratios, work
+from loadtests.pictures import MEGAPIXELS, QUESTIONS_EACH, Picture, pool
 from loadtests.questions import Sample, Server
 from loadtests.report import Run, Section
 
 OBJECTIVE = 8.0
 """Seconds; that of the alerts in observability/prometheus."""
+
+USUAL, PEAK = 2, 20
+"""Users before and after a spike, and in it."""
 
 WARM_UP = 4
 """Questions before the first run: what a server loads when first asked is not what is measured."""
@@ -51,6 +56,13 @@ CROWD = 4
 ENOUGH = 12.0
 """Questions a second that no server of this size answers: so many pictures are drawn for a closed loop, unless told otherwise."""
 
+LARGE_ENOUGH = 2.0
+"""Likewise of large images: one of 50 megapixels has 10 MB, and takes a second to draw."""
+
+SHORT = {"closed": 0, "poisson": 0, "mix": 16, "sizes": 6, "repeat": 0, "hostile": 0, "spike": 0, "compare": 0}
+"""Scenarios of `make load`, and how many pictures a run of each has there; 0: as always. Large images take long to draw, and on
+two cores to answer."""
+
 
 class Bench:
     """What all scenarios need.
@@ -58,15 +70,29 @@ class Bench:
     Args:
         options: of the command line.
         url: the gateway's.
+        key: its API key, if it wants one.
         engine: the bare engine's, if there is one to compare with.
         prompts: the gateway's prompts file; None: those of ERGO-7B.
+        narrow: returns the URL of a gateway with room for few, which takes the same key; None: there is none.
     """
 
-    def __init__(self, options: argparse.Namespace, url: str, engine: str | None, prompts: Path | None) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        url: str,
+        key: str | None,
+        engine: str | None,
+        prompts: Path | None,
+        narrow: Callable[[], str] | None,
+    ) -> None:
         self.options = options
-        self.server = Server(url, options.key)
+        self.server = Server(url, key)
         self.engine = Server(engine, options.engine_key) if engine else None
         self.profile = load_profile(prompts) if prompts else builtin_profile()
+        self.few = 0
+        """Pictures of a run, where neither the command line nor the time decides; 0: the time does."""
+        self._narrow = narrow
+        self._key = key
         self._pools = options.seed
 
     def pictures(self, mix: str, count: int) -> list[Picture]:
@@ -74,18 +100,26 @@ class Bench:
         self._pools += 1
         return pool(mix, count, self._pools)
 
-    def enough(self, seconds: float, mix: str = "usual") -> list[Picture]:
+    def enough(self, seconds: float, mix: str = "usual", rate: float = ENOUGH) -> list[Picture]:
         """Draw pictures for a closed loop of so many seconds."""
-        return self.pictures(mix, self.options.pictures or round(ENOUGH * seconds))
+        return self.pictures(mix, self.options.pictures or self.few or round(rate * seconds))
 
-    def warm_up(self) -> None:
+    def narrow(self) -> Server | None:
+        """Return the gateway with room for few, if there is one."""
+        if self._narrow is None:
+            return None
+        found = Server(self._narrow(), self._key)
+        self.warm_up(found)
+        return found
+
+    def warm_up(self, server: Server) -> None:
         """Ask a few questions that count for nothing.
 
         Raises:
             SystemExit: the server does not answer.
         """
         for request in scenarios.asked(self.pictures("usual", WARM_UP)):
-            reply = self.server.send(request)
+            reply = server.send(request)
             if reply.status != 200:
                 raise SystemExit(f"the server does not answer: {reply.status} {reply.code}")
 
@@ -115,9 +149,18 @@ def mix(bench: Bench) -> Section:
     """Images of several sizes, two users at a time: first 2K, 4K and 8K as 70, 20 and 10 %, then 1 to 50 megapixels alike."""
     runs = []
     for name in ("2K 4K 8K", "1 to 50 MP"):
-        requests = scenarios.asked(bench.enough(bench.options.seconds, name), kind=None)
+        requests = scenarios.asked(bench.enough(bench.options.seconds, name, LARGE_ENOUGH), kind=None)
         runs.append(scenarios.closed(name, bench.server, requests, 2, bench.options.seconds))
     return section("mix", mix, runs)
+
+
+def sizes(bench: Bench) -> Section:
+    """Images of 1 to 50 megapixels, each size by itself, one at a time: what a question costs the gateway's processor."""
+    runs = []
+    for name in MEGAPIXELS:
+        requests = scenarios.asked(bench.enough(bench.options.seconds, name, LARGE_ENOUGH), budget=bench.options.budget)
+        runs.append(scenarios.closed(name, bench.server, requests, 1, bench.options.seconds))
+    return section("sizes", sizes, runs)
 
 
 def repeat(bench: Bench) -> Section:
@@ -142,46 +185,63 @@ def hostile(bench: Bench) -> Section:
     beside = scenarios.hostile("beside harm", bench.server, scenarios.asked(bench.enough(seconds)), 2, seconds)
     good = Run("beside harm, good", [sample for sample in beside.samples if sample.answer is not None])
     slower = [report.percentile((sample.seconds for sample in run.samples if sample.answered), 50) for run in (alone, good)]
-    failures = [f"{fault(sample)}: a good question" for sample in good.samples if not sample.answered]
-    failures += [f"{fault(s)}: {s.kind}" for s in beside.samples if s.answer is None and s.reply.status in (500, 502, 504)]
     notes = [f"Good questions take {slower[1] / slower[0]:.2f} times as long beside harm (medians)."]
-    return section("hostile", hostile, [alone, good, beside], notes=notes, failures=failures)
+    return section("hostile", hostile, [alone, good, beside], notes=notes, failures=verdicts.turned_away(good.samples))
 
 
 def spike(bench: Bench) -> Section:
-    """As many users as usual, ten times as many for a while, and as many as usual again."""
-    seconds = bench.options.seconds
-    run = scenarios.spike("users 2, 20, 2", bench.server, scenarios.asked(bench.enough(seconds)), 2, 20, seconds)
-    medians = {
-        phase: report.percentile((s.seconds for s in run.samples if s.kind == phase and s.answered), 50)
-        for phase in ("before", "after")
-    }
-    notes = [f"After the spike a question takes {medians['after'] / medians['before']:.2f} times as long as before (medians)."]
-    return section("spike", spike, [run], notes=notes)
+    """As many users as usual, ten times as many for a while, and as many as usual again; then at a gateway with room for few."""
+    runs, notes, failures = [], [], []
+    for name, server in (("users {}", bench.server), ("users {}, little room", bench.narrow())):
+        if server is None:
+            continue
+        title, requests = name.format(f"{USUAL}, {PEAK}, {USUAL}"), scenarios.asked(bench.enough(bench.options.seconds))
+        run = scenarios.spike(title, server, requests, USUAL, PEAK, bench.options.seconds)
+        medians, refused = verdicts.medians(run.samples), verdicts.refused(run.samples)
+        ratio = medians["after"] / medians["before"]
+        notes.append(f"{title}: {refused} refused; a question takes {ratio:.2f} times as long after as before (medians).")
+        failures += verdicts.not_recovered(run.samples)
+        if server is not bench.server and not refused:
+            failures.append("the gateway with room for few has refused nobody: the run says nothing of refusals")
+        runs.append(run)
+    return section("spike", spike, runs, notes=notes, failures=failures)
 
 
 def soaked(bench: Bench) -> Section:
-    """The same load for a long time, broken images, bodies too large and leavers among it: nothing may grow."""
-    options, readings = bench.options, [soak.read(0, bench.server.get("/metrics"))]
-    requests = scenarios.asked(bench.pictures("usual", options.pictures or 300))
+    """Every kind of request for a long time, hostile ones and ever new names among them: nothing may grow."""
+    options, server = bench.options, bench.server
+    pictures = bench.pictures("usual", options.pictures or 300)
+    readings: list[soak.Reading] = []
+    failed: list[str] = []
     started = time.perf_counter()
 
     def watch() -> None:
         while True:
+            at = time.perf_counter() - started
+            try:
+                readings.append(soak.read(at, server.get("/metrics")))
+            except (OSError, http.client.HTTPException, LookupError, ValueError) as error:
+                failed.append(type(error).__name__)
             gevent.sleep(options.read_every)
-            with contextlib.suppress(OSError):
-                readings.append(soak.read(time.perf_counter() - started, bench.server.get("/metrics")))
 
     watching = gevent.spawn(watch)
-    run = scenarios.soak(f"{options.seconds:g} s", bench.server, requests, 2, options.seconds)
+    run = scenarios.soak(f"{options.seconds:g} s", server, pictures, 2, options.seconds)
+    lasted = time.perf_counter() - started
+    if watching.ready():
+        watching.get()  # raises what ended it
     watching.kill()
-    found = soak.findings(readings)
-    failures = [str(finding) for finding in found if finding.leaks] + unexpected([run])
-    about = [
-        f"{len(requests)} pictures in turns; {len(readings)} readings, the first {soak.WARM_UP:.0%} left out; medians of thirds:"
+    failures = soak.holes(readings, failed, lasted, options.read_every)
+    notes = [
+        f"{len(pictures)} pictures in turns; {len(readings)} readings, the first {soak.WARM_UP:.0%} left out; medians of thirds:"
     ]
-    notes = about + [str(finding) for finding in found]
-    return Section("soak", said(soaked), [run], notes, failures, readings)
+    try:
+        found = soak.findings(readings)
+    except ValueError as error:
+        failures.append(str(error))
+    else:
+        failures += [str(finding) for finding in found if finding.leaks]
+        notes += [str(finding) for finding in found]
+    return section("soak", soaked, [run], notes=notes, failures=failures, readings=readings)
 
 
 def compared(bench: Bench) -> Section:
@@ -193,6 +253,8 @@ def compared(bench: Bench) -> Section:
     all_lanes = lanes(bench.server, bench.engine, model, bench.profile.prompts)
     paced: dict[str, list[Sample]] = {lane.name: [] for lane in all_lanes}
     crowded: dict[str, list[Sample]] = {lane.name: [] for lane in all_lanes}
+    # vLLM's own /metrics tells of one of its processes only.
+    taken = {lane.name: 0.0 if lane.server is bench.server else math.nan for lane in all_lanes}
     seconds = max(options.seconds, ROUNDS * CROWD / options.compare_rate)  # enough for four arrivals a round
     draws = []
     for number in range(ROUNDS):
@@ -207,35 +269,32 @@ def compared(bench: Bench) -> Section:
         paced[lane.name] += after(paced[lane.name], run.samples)
         run = scenarios.closed(lane.name, lane.server, lane.requests(crowd), CROWD, 86_400)
         crowded[lane.name] += after(crowded[lane.name], run.samples)
+        taken[lane.name] += run.cpu
     open_runs = [Run(f"open, {name}", samples) for name, samples in paced.items()]
-    closed_runs = [Run(f"{CROWD} at a time, {name}", samples) for name, samples in crowded.items()]
+    closed_runs = [Run(f"{CROWD} at a time, {name}", samples, taken[name]) for name, samples in crowded.items()]
+    found = [work(run.samples) for run in open_runs]
     notes = [
         f"{ROUNDS} rounds, each system in turn. Open: {options.compare_rate:g} a second; answers/s are then the load's own.",
         *ratios(open_runs, options.slo),
         *ratios(closed_runs, options.slo),
+        *(f"The work of a question, for docs/sizing.py: {options}" for options in found if options),
         "Right answers are those of the model that was loaded: ergo-mini was never trained at full resolution. With 2 million "
         "parameters on a CPU the ratios show the work on tokens and what the gateway adds, not ERGO-7B's times on a GPU.",
     ]
     return section("compare", compared, open_runs + closed_runs, notes=notes)
 
 
-def after(before: Sequence[Sample], samples: Sequence[Sample]) -> list[Sample]:
-    """Return samples moved behind those of the round before, so that the pause between the rounds counts for nothing."""
-    shift = max((sample.ended for sample in before), default=0.0) - min((sample.due for sample in samples), default=0.0)
-    return [replace(s, due=s.due + shift, sent=s.sent + shift, ended=s.ended + shift) for s in samples]
-
-
 SCENARIOS: dict[str, Callable[[Bench], Section]] = {
     "closed": closed,
     "poisson": open_loop,
     "mix": mix,
+    "sizes": sizes,
     "repeat": repeat,
     "hostile": hostile,
     "spike": spike,
     "soak": soaked,
     "compare": compared,
 }
-SHORT = ("closed", "poisson", "repeat", "hostile", "spike", "compare")
 
 
 def section(
@@ -245,26 +304,25 @@ def section(
     *,
     notes: Sequence[str] = (),
     failures: Sequence[str] = (),
+    readings: Sequence[soak.Reading] = (),
 ) -> Section:
-    """Return a section with what fails any scenario: a question that gets neither an answer nor a refusal for want of room."""
-    found = failures if name == "hostile" else [*failures, *unexpected(runs)]
-    return Section(name, said(scenario), runs, notes, found)
+    """Return a section with what fails any scenario, beside its own failures.
+
+    Args:
+        name: of the scenario.
+        scenario: its sentence is its docstring.
+        runs: all that was sent; one may be a part of another.
+        notes: what else there is to say.
+        failures: what must not be.
+        readings: of a soak.
+    """
+    samples = {id(sample): sample for run in runs for sample in run.samples}
+    return Section(name, said(scenario), runs, notes, [*failures, *verdicts.unexpected(samples.values())], readings)
 
 
 def said(scenario: Callable[[Bench], Section]) -> str:
     """Return the sentence that describes a scenario."""
     return " ".join((scenario.__doc__ or "").split())
-
-
-def unexpected(runs: Sequence[Run]) -> list[str]:
-    """Return questions that got neither an answer nor 429 or 503."""
-    asked = [sample for run in runs for sample in run.samples if sample.answer is not None and not sample.answered]
-    return [f"{fault(sample)}: a question" for sample in asked if sample.reply.status not in (429, 503)]
-
-
-def fault(sample: Sample) -> str:
-    """Return what became of a request that was not answered."""
-    return f"{sample.reply.status} {sample.reply.code} after {sample.seconds:.1f} s"
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------
@@ -279,6 +337,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, default=20, help="of each run (%(default)s)")
     made.add_argument("--users", type=int, action="append", help="closed: users at a time; may stand several times (1 and 4)")
     made.add_argument("--rate", type=float, default=1.0, help="poisson: arrivals a second (%(default)s)")
+    made.add_argument("--budget", type=int, help="sizes: visual tokens of a view; none: the model's own")
     made.add_argument(
         "--compare-rate", type=float, default=0.4, help="compare: likewise; full resolution must keep up (%(default)s)"
     )
@@ -290,6 +349,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=1, help="of pictures and arrivals (%(default)s)")
     made.add_argument("--url", help="base URL of a running gateway; none: one is started, with real vLLM behind")
     made.add_argument("--key", help="its API key")
+    made.add_argument("--narrow-url", help="spike with --url: another gateway, with room for few, with the same key")
     made.add_argument("--embedded", action="store_true", help="start the gateway on the embedded engine instead")
     made.add_argument("--engine-url", help="compare with --url: base URL of the engine behind it, without /v1")
     made.add_argument("--engine-key", help="its API key")
@@ -303,12 +363,13 @@ def parser() -> argparse.ArgumentParser:
 def bench_of(options: argparse.Namespace) -> Iterator[Bench]:
     """Start what is to be started."""
     if options.url:
-        yield Bench(options, options.url.rstrip("/"), options.engine_url, options.prompts)
+        narrow = (lambda: cast(str, options.narrow_url)) if options.narrow_url else None
+        yield Bench(options, options.url.rstrip("/"), options.key, options.engine_url, options.prompts, narrow)
         return
     if not options.embedded and (reason := support.why_no_vllm()):
         raise SystemExit(reason)
     with servers.started("embedded" if options.embedded else "vllm", options.report) as found:
-        yield Bench(options, found.gateway, found.engine, support.PROMPTS)
+        yield Bench(options, found.gateway, found.key, found.engine, support.PROMPTS, found.narrow)
 
 
 def facts(options: argparse.Namespace) -> list[str]:
@@ -328,11 +389,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run scenarios, print what they found and write the report; returns 1 if anything happened that must not."""
     options = parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers that were started are ended, too
-    names = dict.fromkeys(name for given in options.scenario for name in (SHORT if given == "short" else (given,)))
+    names = {name: few for given in options.scenario for name, few in (SHORT if given == "short" else {given: 0}).items()}
     sections: list[Section] = []
     with bench_of(options) as bench:
-        bench.warm_up()
-        for name in names:
+        bench.warm_up(bench.server)
+        for name, bench.few in names.items():
             sections.append(SCENARIOS[name](bench))
             print(report.text(sections[-1], options.slo), flush=True)
     whole = report.write(options.report, "Load test", facts(options), sections, options.slo)

@@ -7,6 +7,7 @@ import io
 import itertools
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageChops
 
@@ -26,12 +27,21 @@ MEGAPIXELS = {
     "12 MP": (4032, 3024),
     "24 MP": (6000, 4000),
     "50 MP": (8192, 6144),
+    "12 MP PNG": (4032, 3024),
+    "24 MP progressive": (6000, 4000),
 }
+
+FORMS: dict[str, dict[str, Any]] = {
+    "12 MP PNG": {"format": "PNG", "compress_level": 1},
+    "24 MP progressive": {"format": "JPEG", "quality": 90, "progressive": True},
+}
+"""How images of a kind are written, if not as the JPEGs that telephones write: those are dear to decode."""
 
 MIXES: dict[str, dict[str, tuple[Size, float]]] = {
     "usual": {name: (size, 1) for name, size in USUAL.items()},
     "2K 4K 8K": {name: (size, share) for (name, size), share in zip(RESOLUTIONS.items(), (70, 20, 10), strict=True)},
     "1 to 50 MP": {name: (size, 1) for name, size in MEGAPIXELS.items()},
+    **{name: {name: (size, 1)} for name, size in MEGAPIXELS.items()},
     "full resolution": {"2 MP": ((1680, 1260), 1)},  # 2,700 visual tokens: a context of 4,096 holds them with question and reply
 }
 """Kinds of images by name, with the share of each: 70, 20 and 10 % are of screens, televisions, and cameras' best."""
@@ -56,9 +66,10 @@ class Picture:
     seed: int
     size: Size
     data: bytes
-    """A JPEG."""
+    """The file."""
     asked: tuple[tuple[str, str], ...]
     """`QUESTIONS_EACH` questions, all different, each with the only right answer."""
+    content_type: str = "image/jpeg"
 
     @property
     def question(self) -> str:
@@ -77,9 +88,10 @@ def draw(name: str, seed: int, size: Size) -> Picture:
     in_turns = zip(QUESTIONS, itertools.cycle(made.landmarks), strict=False)
     more = {question.format(its.name): its.code for question, its in in_turns}
     asked = tuple(({made.question: made.answer} | more).items())[:QUESTIONS_EACH]
+    form = FORMS.get(name, {"format": "JPEG", "quality": 90})
     with io.BytesIO() as file:
-        _grained(made.image, seed).save(file, "JPEG", quality=90)
-        return Picture(name, seed, size, file.getvalue(), asked)
+        _grained(made.image, seed).save(file, **form)
+        return Picture(name, seed, size, file.getvalue(), asked, f"image/{form['format'].lower()}")
 
 
 def pool(mix: str, count: int, seed: int) -> list[Picture]:

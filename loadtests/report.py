@@ -33,6 +33,7 @@ COLUMNS = (
     "zoom turn ms",
     "answer turn ms",
     "cached tokens",
+    "gateway CPU ms",
     "not answered",
 )
 
@@ -43,6 +44,8 @@ class Run:
 
     name: str
     samples: Sequence[Sample]
+    cpu: float = math.nan
+    """Seconds of processor time that the server's process took for all of them; NaN where it does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +78,13 @@ class Summary:
     goodput: float
     """Share of the questions whose right answer came within the objective; NaN where nothing was asked."""
     visual_tokens: float
-    """Mean of an answer."""
+    """Mean of an answer that tells of any."""
     of_baseline: float
     """Visual tokens by those of the baseline."""
     stages: dict[str, float]
     """Median milliseconds of each stage, as the server says."""
     cached_tokens: float
-    """Mean of an answer."""
+    """Mean of an answer that tells of visual tokens."""
     errors: Counter[str]
     """What came instead of answers, by status and code."""
 
@@ -103,8 +106,9 @@ def summarize(samples: Sequence[Sample], objective: float) -> Summary:
     questions = [sample for sample in samples if sample.answer is not None]
     good = sum(sample.right and sample.seconds <= objective for sample in questions)
     span = max((sample.ended for sample in samples), default=0.0) - min((sample.due for sample in samples), default=0.0)
-    tokens, baseline = (sum(getattr(sample.reply, name) for sample in answered) for name in ("visual_tokens", "baseline"))
-    stages = sorted({stage for sample in answered for stage in sample.reply.timings})
+    told = [sample.reply for sample in answered if sample.reply.visual_tokens]
+    tokens, baseline = (sum(getattr(reply, name) for reply in told) for name in ("visual_tokens", "baseline"))
+    stages = sorted({stage for reply in told for stage in reply.timings})
     return Summary(
         sent=len(samples),
         answered=len(answered),
@@ -112,10 +116,10 @@ def summarize(samples: Sequence[Sample], objective: float) -> Summary:
         percentiles={p: percentile((sample.seconds for sample in answered), p) for p in PERCENTILES},
         rate=len(answered) / span if span else 0.0,
         goodput=good / len(questions) if questions else math.nan,
-        visual_tokens=tokens / len(answered) if answered else math.nan,
+        visual_tokens=tokens / len(told) if told else math.nan,
         of_baseline=tokens / baseline if baseline else math.nan,
-        stages={stage: statistics.median(sample.reply.timings.get(stage, 0.0) for sample in answered) for stage in stages},
-        cached_tokens=statistics.fmean(sample.reply.cached_tokens for sample in answered) if answered else math.nan,
+        stages={stage: statistics.median(reply.timings.get(stage, 0.0) for reply in told) for stage in stages},
+        cached_tokens=statistics.fmean(reply.cached_tokens for reply in told) if told else math.nan,
         errors=Counter(f"{sample.reply.status} {sample.reply.code}" for sample in samples if not sample.answered),
     )
 
@@ -124,11 +128,11 @@ def rows(run: Run, objective: float) -> list[list[str]]:
     """Return the rows of a run: the whole, then each kind of request where there are several."""
     kinds = list(dict.fromkeys(sample.kind for sample in run.samples))
     parts = [(f"{run.name}: {kind}", [sample for sample in run.samples if sample.kind == kind]) for kind in kinds]
-    whole = [(run.name, list(run.samples))]
-    return [_row(name, summarize(samples, objective)) for name, samples in (whole + parts if len(kinds) > 1 else whole)]
+    whole = _row(run.name, summarize(run.samples, objective), run.cpu)
+    return [whole, *(_row(name, summarize(samples, objective)) for name, samples in (parts if len(kinds) > 1 else []))]
 
 
-def _row(name: str, found: Summary) -> list[str]:
+def _row(name: str, found: Summary, cpu: float = math.nan) -> list[str]:
     def shown(value: float, form: str) -> str:
         return "–" if math.isnan(value) else format(value, form)
 
@@ -145,6 +149,7 @@ def _row(name: str, found: Summary) -> list[str]:
         shown(found.of_baseline, ".1%"),
         *stages,
         shown(found.cached_tokens, ".0f"),
+        shown(1000 * cpu / found.answered if found.answered else math.nan, ".1f"),
         ", ".join(f"{count} x {what}" for what, count in found.errors.most_common()) or "–",
     ]
 

@@ -5,21 +5,29 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from prometheus_client.parser import text_string_to_metric_families
 
 WARM_UP = 0.2
 """Share of the readings that are left out: thread pools, allocators and caches fill up when a server is first used."""
 
-MEMORY_SHARE, MEMORY_BYTES = 0.05, 24 << 20
+MEMORY_SHARE, MEMORY_BYTES = 0.05, 10 << 20
 """Rise of the memory that counts as a leak: above both. Allocators of several threads grow in steps of some megabytes for as long
-as fragments find no better place, and images that happen to be decoded at the moment are another 10 each."""
+as fragments find no better place. An image that happens to be decoded at the moment is another 10, but not in a median."""
 
 FILES = 2
 """Rise of the open files that does: more than a request that happens to be under way while one is counted holds."""
 
 SERIES = 0
-"""Rise of the number of series that does: all are there from the start, and the load says the same things over and over."""
+"""Rise of the number of series that does: all are there from the start, whatever names callers think of."""
+
+FAILED_SHARE = 0.05
+"""Share of the readings that may fail: a server under load may now and then have no connection left, and a sick one has none."""
+
+GAP_SHARE, GAP_READINGS = 0.1, 5
+"""Longest time without a reading: a share of the run, or so many times the pause between two, whichever is longer. Of each third
+that is compared the most then has been read; and a server that is busy answers a reading late, not never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +49,20 @@ def read(at: float, exposition: str) -> Reading:
 
     Raises:
         KeyError: it has no ``process_resident_memory_bytes`` or ``process_open_fds``.
+        ValueError: it is none.
     """
-    values = {sample.name: sample.value for family in text_string_to_metric_families(exposition) for sample in family.samples}
+    found = values(exposition)
     lines = sum(1 for line in exposition.splitlines() if line and not line.startswith("#"))
-    return Reading(at, values["process_resident_memory_bytes"], int(values["process_open_fds"]), lines)
+    return Reading(at, found["process_resident_memory_bytes"], int(found["process_open_fds"]), lines)
+
+
+def values(exposition: str) -> dict[str, float]:
+    """Return the values of an exposition by name; one of several series of a name.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return {sample.name: sample.value for family in text_string_to_metric_families(exposition) for sample in family.samples}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +83,24 @@ class Finding:
     def __str__(self) -> str:
         rise = f"{self.last - self.first:+,.1f}, allowed {self.allowed:,.1f}"
         return f"{self.what}: {self.first:,.1f} -> {self.last:,.1f} ({rise}): {'LEAK' if self.leaks else 'flat'}"
+
+
+def holes(readings: Sequence[Reading], failed: Sequence[str], seconds: float, every: float) -> list[str]:
+    """Return why the readings do not tell of a whole run.
+
+    Args:
+        readings: what there is.
+        failed: what became of each of the others.
+        seconds: of the run.
+        every: seconds between two readings.
+    """
+    found = []
+    if len(failed) > FAILED_SHARE * (len(readings) + len(failed)):
+        found.append(f"{len(failed)} of {len(readings) + len(failed)} readings failed: {', '.join(sorted(set(failed)))}")
+    moments = [0.0, *(reading.at for reading in readings), seconds]
+    longest = max(GAP_SHARE * seconds, GAP_READINGS * every)
+    gaps = [(before, after) for before, after in pairwise(moments) if after - before > longest]
+    return found + [f"no reading from {before:.0f} to {after:.0f} s" for before, after in gaps]
 
 
 def findings(readings: Sequence[Reading]) -> list[Finding]:
