@@ -97,7 +97,7 @@ NOT_RUN = {
     "install -m 644 ergo-vqa.service /etc/systemd/system/": "would write into the machine",
     "systemctl enable --now ergo-vqa": "needs systemd",
     "systemctl restart vllm": "likewise; tests/test_life_cycle.py restarts vLLM",
-    "helm upgrade eyes helm/ergo-vqa --namespace vision --reset-then-reuse-values --set gateway.image.tag=0.2.0": "needs a cluster",
+    "helm upgrade eyes helm/ergo-vqa --namespace vision --reset-then-reuse-values --set gateway.image.tag=0.2.0": "no cluster",
     "kubectl rollout status --namespace vision deployment/eyes-ergo-vqa-gateway": "likewise",
     "kubectl rollout restart --namespace vision statefulset/eyes-ergo-vqa-engine": "likewise",
 }
