@@ -1,7 +1,7 @@
 """Draws the figure of docs/choose-a-budget.md: exact answers of ergo-mini against the visual tokens that they cost.
 
-``ERGO_MAX_VISUAL_TOKENS=16384 ergo-vqa serve`` in one terminal, ``python docs/budget.py`` in another (half an hour on two cores).
-Without zoom the model is given up to sixteen times that budget; it was not trained on such views, and the page says so.
+``ERGO_MAX_VISUAL_TOKENS=16384 ergo-vqa serve`` in one terminal, ``python docs/budget.py`` in another (ten minutes on two cores).
+Without zoom the model is given up to four times that budget; it was not trained on such views, and the page says so.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ergo_client import Client
 from ergo_train.scenes import HELD_OUT, scene
 
 FIGURE = Path(__file__).parent / "images" / "budget.svg"
-BUDGETS = {"ergo": (25, 36, 42, 49, 56, 64, 81, 100, 144), "ergo-single": (49, 100, 196, 784)}
-"""Visual tokens of each view: around the 49 that the checkpoint was trained with; without zoom up to sixteen times as many."""
+BUDGETS = {"ergo": (25, 36, 42, 49, 56, 64, 81, 100, 144), "ergo-single": (49, 100, 196)}
+"""Visual tokens of each view: around the 49 that the checkpoint was trained with; without zoom up to four times as many."""
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 720, 380, 70, 24, 60
-FROM, TO = 32, 1024
+FROM, TO = 32, 256
 """Visual tokens at the axis' ends; both are powers of two, as the axis is logarithmic."""
 
 COLOURS = {"ergo": "#0a7d5a", "ergo-single": "#b3541e"}
