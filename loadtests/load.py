@@ -41,6 +41,9 @@ from loadtests.report import Run, Section
 OBJECTIVE = 8.0
 """Seconds; that of the alerts in observability/prometheus."""
 
+READINGS = 200
+"""Of a soak: 53 in each of the thirds that are compared, of which some meet a server at rest."""
+
 USUAL, PEAK = 2, 20
 """Users before and after a spike, and in it."""
 
@@ -210,6 +213,7 @@ def spike(bench: Bench) -> Section:
 def soaked(bench: Bench) -> Section:
     """Every kind of request for a long time, hostile ones and ever new names among them: nothing may grow."""
     options, server = bench.options, bench.server
+    every = options.read_every or options.seconds / READINGS
     pictures = bench.pictures("usual", options.pictures or 300)
     readings: list[soak.Reading] = []
     failed: list[str] = []
@@ -222,7 +226,7 @@ def soaked(bench: Bench) -> Section:
                 readings.append(soak.read(at, server.get("/metrics")))
             except (OSError, http.client.HTTPException, LookupError, ValueError) as error:
                 failed.append(type(error).__name__)
-            gevent.sleep(options.read_every)
+            gevent.sleep(every)
 
     watching = gevent.spawn(watch)
     run = scenarios.soak(f"{options.seconds:g} s", server, pictures, 2, options.seconds)
@@ -230,10 +234,8 @@ def soaked(bench: Bench) -> Section:
     if watching.ready():
         watching.get()  # raises what ended it
     watching.kill()
-    failures = soak.holes(readings, failed, lasted, options.read_every)
-    notes = [
-        f"{len(pictures)} pictures in turns; {len(readings)} readings, the first {soak.WARM_UP:.0%} left out; medians of thirds:"
-    ]
+    failures = soak.holes(readings, failed, lasted, every)
+    notes = [f"{len(pictures)} pictures in turns; {len(readings)} readings, {soak.WARM_UP:.0%} left out; first and last third:"]
     try:
         found = soak.findings(readings)
     except ValueError as error:
@@ -341,7 +343,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--compare-rate", type=float, default=0.4, help="compare: likewise; full resolution must keep up (%(default)s)"
     )
-    made.add_argument("--read-every", type=float, default=3.0, help="soak: seconds between two readings (%(default)s)")
+    made.add_argument("--read-every", type=float, help="soak: seconds between two readings (a 200th of the run)")
     made.add_argument(
         "--slo", type=float, default=OBJECTIVE, help="seconds within which a right answer counts as good (%(default)s)"
     )

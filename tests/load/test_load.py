@@ -643,9 +643,11 @@ def test_a_stream_that_breaks_off_is_no_answer() -> None:
 # --- soak -----------------------------------------------------------------------------------------------------------------
 
 
-def readings(memory: float = 0, files: float = 0, series: float = 0) -> list[Reading]:
-    """Return a hundred readings that rise by so many MiB, files and series each."""
-    return [Reading(n, (200 + n * memory) * 2**20, int(20 + n * files), int(2000 + n * series)) for n in range(100)]
+def readings(memory: float = 0, files: float = 0, series: float = 0, busy: float = 0) -> list[Reading]:
+    """Return a hundred readings that rise by so many MiB, files and series each, and by files of requests under way but for every
+    fifth."""
+    opened = [20 + n * files + n * busy * (n % 5 > 0) for n in range(100)]
+    return [Reading(n, (200 + n * memory) * 2**20, int(opened[n]), int(2000 + n * series)) for n in range(100)]
 
 
 @pytest.mark.parametrize(
@@ -653,6 +655,7 @@ def readings(memory: float = 0, files: float = 0, series: float = 0) -> list[Rea
     [
         ({}, set()),
         ({"memory": 0.1}, set()),  # noise of allocators
+        ({"busy": 1}, set()),  # ever more requests under way, now and then none
         ({"memory": 1}, {"memory, MiB"}),
         ({"files": 0.1}, {"open files"}),
         ({"series": 0.05}, {"series"}),
@@ -802,7 +805,7 @@ def test_readings_must_cover_the_whole_run() -> None:
 
 def test_a_soak_passes_the_real_server(tmp_path: Path) -> None:
     """The gateway in its own process keeps nothing in a few seconds of mixed load."""
-    words = ("--embedded", "soak", "--seconds", "8", "--read-every", "0.3", "--pictures", "8", "--report", str(tmp_path))
+    words = ("--embedded", "soak", "--seconds", "8", "--read-every", "0.1", "--pictures", "8", "--report", str(tmp_path))
     printed = load(*words)
     assert re.search(r"^open files: .*flat$", printed, re.MULTILINE)
     assert re.search("401 invalid_api_key", row(printed, "8 s: stranger")["not answered"])
