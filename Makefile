@@ -3,7 +3,7 @@
 #   make run            start the server on the embedded default; HOST and PORT choose where (127.0.0.1, 8000)
 #   make test           all checks and tests, real vLLM included where its wheel runs
 #   make observability-test   dashboards, rules and traces alone, against a live server, vLLM and Prometheus
-#   make image-test   the gateway's image alone, built for real and asked in front of vLLM
+#   make image-test   both images of the gateway, built for real: asked in front of vLLM, and with the model in it (minutes)
 #   make attack         what the internet may do to a server, done to it; takes minutes, prints what it measured
 #   make check          types, lint, format
 #   make bench          the gateway's own cost, and the prefix reuse
@@ -37,7 +37,7 @@ observability-test: .venv/.dev .venv-vllm/.tried .cache/.prometheus
 	$(BIN)/python -m pytest tests/observability tests/api/test_metrics.py tests/api/test_tracing.py tests/api/test_logging.py
 
 image-test: .venv/.dev .venv-vllm/.tried .cache/.images
-	$(BIN)/python -m pytest -s tests/deploy
+	$(BIN)/python -m pytest -m "not attack" -s tests/deploy
 
 attack: .venv/.dev .venv-vllm/.tried
 	$(BIN)/python -m pytest -m attack -s tests/attack

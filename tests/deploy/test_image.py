@@ -130,7 +130,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     buildah("rmi", "localhost/ergo-test-slim")
 
 
-@pytest.fixture(scope="module", params=["gateway", "gateway-cpu"])
+@pytest.fixture(scope="module", params=["gateway", pytest.param("gateway-cpu", marks=pytest.mark.image)])
 def image(request: pytest.FixtureRequest, base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     """The image of one of the Compose file's gateways, with its build arguments but for what it begins with."""
     service: str = request.param
