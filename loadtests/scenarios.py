@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import gevent
 from gevent.event import Event
@@ -38,6 +38,8 @@ from loadtests.questions import (
     upload,
 )
 from loadtests.report import Run
+
+T = TypeVar("T")
 
 BROKEN = ("jpeg: cut off", "png: cut off", "svg: entities", "arbitrary", "nothing", "heic", "png: 0 x 0")
 BOMBS = (
@@ -118,10 +120,7 @@ class Load(Environment):
         Raises:
             StopUser: there is none left.
         """
-        if (request := next(self.requests, None)) is None:
-            self.over.set()
-            raise StopUser
-        return request
+        return self._next(self.requests)
 
     def picture(self) -> Picture:
         """Return the next picture.
@@ -129,10 +128,13 @@ class Load(Environment):
         Raises:
             StopUser: there is none left.
         """
-        if (picture := next(self.pictures, None)) is None:
-            self.over.set()
-            raise StopUser
-        return picture
+        return self._next(self.pictures)
+
+    def _next(self, left: Iterator[T]) -> T:
+        for one in left:
+            return one
+        self.over.set()
+        raise StopUser
 
     def hold(self, name: str, users: int, seconds: float) -> Run:
         """Let so many users ask for so long, or until no request is left; those under way are finished."""

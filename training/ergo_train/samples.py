@@ -228,7 +228,7 @@ class Packer:
         picture = Picture(scene.image)
         close = rng.random() < 0.1
         # Only the first two branches read a crop: what is hard to read goes first. Codes on plates are read in plain scenes.
-        chosen = sorted(_chosen(rng, scene.queries)[:BRANCHES], key=lambda query: query.kind in (Kind.CODE, Kind.RELATION))
+        chosen = sorted(_chosen(rng, scene.queries), key=lambda query: query.kind in (Kind.CODE, Kind.RELATION))
         if close:  # a close-up as the whole image: fits the budget, so it is read without zoom
             query = chosen[0]
             view = picture.close_up(self._around(picture.size, query.plate, rng))
@@ -468,7 +468,7 @@ ASK = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def _chosen(rng: random.Random, queries: Sequence[Query]) -> list[Query]:
-    """Return queries to ask, `BRANCHES` at least: each kind as often as any other, and none twice before all were asked."""
+    """Return `BRANCHES` queries to ask: each kind as often as any other, and none twice before all were asked."""
     chosen: list[Query] = []
     while len(chosen) < BRANCHES:
         left = [query for query in queries if query not in chosen] or list(queries)
