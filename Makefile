@@ -30,8 +30,13 @@ BIN := .venv/bin
 run: .venv/.embedded
 	@$(BIN)/ergo-vqa serve --host $(HOST) --port $(PORT)
 
-test: .venv/.dev .venv-vllm/.tried .cache/.browser .cache/.prometheus .cache/.images .cache/.helm .cache/.routers check
-	$(BIN)/python -m pytest
+# The two environments are made at once, the other parts one by one, since apt-get locks others out. Two files are tested at a
+# time: much of the run is spent waiting, for servers that start and for loads of so many seconds.
+test:
+	@$(MAKE) --no-print-directory --jobs=2 .venv/.dev .venv-vllm/.tried
+	@$(MAKE) --no-print-directory --jobs=1 .cache/.browser .cache/.prometheus .cache/.images .cache/.helm .cache/.routers
+	@$(MAKE) --no-print-directory check
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 observability-test: .venv/.dev .venv-vllm/.tried .cache/.prometheus
 	$(BIN)/python -m pytest tests/observability tests/api/test_metrics.py tests/api/test_tracing.py tests/api/test_logging.py

@@ -108,7 +108,7 @@ def make_start(checkpoint: Path, folder: Path, *, steps: int, seed: int = 0) -> 
 def _sample(packer: Packer, seed: str) -> Sample:
     rng = random.Random(seed)
     draw = hard_scenes.hard_scene if rng.random() < 0.6 else scenes.scene
-    return packer.sample(rng, draw(rng.randrange(scenes.HELD_OUT), size=(1200, 1050)))
+    return packer.sample(rng, draw(rng.randrange(scenes.HELD_OUT), size=scenes.unlisted_size(rng, 0.6)))
 
 
 def astray(rng: random.Random, view: View, place: Point) -> str:

@@ -200,9 +200,7 @@ def drawn(number: int, hard_share: float) -> Problem:
     """Return problem ``number`` of those that are drawn for GRPO; no other training draws the same."""
     rng = random.Random(f"grpo {number}")
     draw = hard_scenes.hard_scene if rng.random() < hard_share else scenes.scene
-    area, aspect = rng.uniform(1.2e6, 1.6e6), math.exp(rng.uniform(-0.6, 0.6))
-    size = (round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect)))
-    return problem_of(draw(scenes.HELD_OUT // 2 + number, size=size))
+    return problem_of(draw(scenes.HELD_OUT // 2 + number, size=scenes.unlisted_size(rng, 0.6)))
 
 
 def recorded(file: Path) -> list[Problem]:

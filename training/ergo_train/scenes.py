@@ -59,6 +59,9 @@ SIZES = (
 )
 """What `scene` draws from by default, in pixels: square, 4:3, 3:4 and 16:9."""
 
+CLOSE_UP = (5.5, 13.0)
+"""Least and greatest u of close-ups, drawn evenly in its logarithm: of images of 1.2 to 6.5 megapixels."""
+
 QUESTIONS = (
     "What is the code on the {}?",
     "Which code is on the {}?",
@@ -183,6 +186,20 @@ def scene(seed: int, *, size: tuple[int, int] | None = None) -> Scene:
     )
 
 
+def unlisted_size(rng: random.Random, spread: float) -> tuple[int, int]:
+    """Return a size in pixels for training, that no list holds, as `scene` takes one.
+
+    From 1.2 megapixels, where a crop of 30 u is smaller than the budget and is sent as it is, to 5, where it is shrunk: a
+    checkpoint that saw hardly any crop of the full budget read 68 % of the tags in those that have it, and 88 % in the smaller.
+
+    Args:
+        rng: where chance comes from.
+        spread: greatest logarithm of width ÷ height, either way.
+    """
+    area, aspect = math.exp(rng.uniform(math.log(1.2e6), math.log(5e6))), math.exp(rng.uniform(-spread, spread))
+    return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+
+
 def code_query(landmark: Landmark) -> Query:
     """Return the question for the code on a landmark."""
     return Query(
@@ -204,7 +221,7 @@ def centre(edges: Edges) -> Point:
 
 def close_up(rng: random.Random) -> tuple[Image.Image, Landmark]:
     """Draw what a crop of a scene shows: one landmark with its plate somewhat off the middle. Cheap, for learning to read."""
-    u = rng.uniform(5.5, 8.5)
+    u = CLOSE_UP[0] * (CLOSE_UP[1] / CLOSE_UP[0]) ** rng.random()
     width, height = (30 * u * (rng.uniform(0.8, 1.0) if rng.random() < 0.2 else 1.0) for _ in range(2))
     image = background(rng, round(width), round(height))
     middle = (width / u / 2 + rng.uniform(-7.5, 7.5), height / u / 2 + rng.uniform(-7.5, 7.5))

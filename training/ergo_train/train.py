@@ -36,7 +36,7 @@ from ergo_train.samples import LENGTH, SLOTS, VIEWS, Packer, Sample, View
 PROMPTS = Path(__file__).parents[2] / "models" / "ergo_mini" / "prompts.toml"
 
 
-HARD_SHARE = 0.7
+HARD_SHARE = 0.75
 """Share of hard scenes: they hold five kinds of questions, the others one."""
 
 
@@ -58,16 +58,13 @@ class Samples(Dataset[Sample]):
             return self.packer.sight(rng, None)
         hard = rng.random() < HARD_SHARE
         draw = hard_scenes.hard_scene if hard else scenes.scene
-        aspect = math.exp(rng.uniform(-0.8, 0.8) if hard else rng.uniform(-0.6, 0.6))
         if seed < self.sights:
-            area = rng.uniform(0.25e6, 0.4e6)
-        elif rng.random() < 0.9:  # most scenes have sizes that no list holds; small ones, since they are drawn faster
-            area = rng.uniform(1.2e6, 1.6e6)
-        else:
-            return self.packer.sample(rng, draw(seed))
-        size = (round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect)))
-        drawn = draw(seed, size=size)
-        return self.packer.sight(rng, drawn) if seed < self.sights else self.packer.sample(rng, drawn)
+            area, aspect = rng.uniform(0.25e6, 0.4e6), math.exp(rng.uniform(-0.8, 0.8))
+            small = draw(seed, size=(round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))))
+            return self.packer.sight(rng, small)
+        # Most scenes have sizes that no list holds, and not those of the largest, which are drawn slowly.
+        listed = rng.random() < 0.1
+        return self.packer.sample(rng, draw(seed, size=None if listed else scenes.unlisted_size(rng, 0.8 if hard else 0.6)))
 
 
 def collate(samples: list[Sample]) -> Batch:
