@@ -30,6 +30,9 @@ GAP_SHARE, GAP_READINGS = 0.1, 5
 """Longest time without a reading: a share of the run, or so many times the pause between two, whichever is longer. Of each third
 that is compared the most then has been read; and a server that is busy answers a reading late, not never."""
 
+GAP_SECONDS = 3.0
+"""A gap that is no longer is no hole in however short a run: the machine may have been busy with something else."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -99,7 +102,7 @@ def holes(readings: Sequence[Reading], failed: Sequence[str], seconds: float, ev
     if len(failed) > FAILED_SHARE * (len(readings) + len(failed)):
         found.append(f"{len(failed)} of {len(readings) + len(failed)} readings failed: {', '.join(sorted(set(failed)))}")
     moments = [0.0, *(reading.at for reading in readings), seconds]
-    longest = max(GAP_SHARE * seconds, GAP_READINGS * every)
+    longest = max(GAP_SHARE * seconds, GAP_READINGS * every, GAP_SECONDS)
     gaps = [(before, after) for before, after in pairwise(moments) if after - before > longest]
     return found + [f"no reading from {before:.0f} to {after:.0f} s" for before, after in gaps]
 
