@@ -793,8 +793,8 @@ def test_a_soak_without_readings_fails(breaks: str, complaint: str, tmp_path: Pa
 
 
 def test_readings_must_cover_the_whole_run() -> None:
-    """A tenth of the run without a reading is a hole, at the beginning and the end as well, unless that is three seconds; one failure
-    in twenty is none."""
+    """A tenth of the run without a reading is a hole, at the beginning and the end as well, unless that is three seconds; one
+    failure in twenty is none."""
     steady = readings()
     assert holes(steady, ["OSError"] * 5, 100, 1) == []
     assert holes(steady, ["OSError", "KeyError"] * 3, 100, 1) == ["6 of 106 readings failed: KeyError, OSError"]

@@ -202,8 +202,8 @@ class Sample:
     """(view, visual token, patch 0–3, digit)."""
 
 
-Wrong = Callable[[random.Random, View, Point], str]
-"""Writes a zoom reply, given the overview and the right place in the image."""
+Wrong = Callable[[random.Random, View, Sequence[Point]], str]
+"""Writes a zoom reply, given the overview and the places in the image that lead to the right one."""
 
 
 class Packer:
@@ -306,7 +306,7 @@ class Packer:
             parts = self._paths(sample, view, 0, query.path, cells)
             parts.append((where_reply(cells, box).removeprefix(f"<think>{places(cells)}"), ()))
             if self._wrong is not None and not both:
-                parts = [(self._wrong(rng, view, query.path[-1]), ())]
+                parts = [(self._wrong(rng, view, query.path), ())]
         position = self._reply(sample, branch, parts, position, learn=learn)
         if not both:
             return
