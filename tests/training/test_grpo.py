@@ -26,6 +26,7 @@ from ergo_server.imaging.geometry import Box
 from ergo_server.protocol.rewards import Rewards
 from ergo_train.grpo import Config, Loaded, Trainer, advantages, drawn, objective, recorded, report
 from ergo_train.rollouts import BatchEngine, Rollout
+from ergo_train.scenes import scene
 
 WORTHS = st.lists(st.lists(st.floats(0, 3.5), min_size=2, max_size=8), min_size=1, max_size=4)
 
@@ -33,6 +34,7 @@ WORTHS = st.lists(st.lists(st.floats(0, 3.5), min_size=2, max_size=8), min_size=
 def config(**tables: dict[str, Any]) -> Config:
     """A short run on the shipped checkpoint."""
     given: dict[str, dict[str, Any]] = {
+        "data": {},
         "model": {"checkpoint": str(CHECKPOINT), "prompts": PROMPTS, "visual_tokens": 49},
         "rollouts": {"questions": 2, "group": 3, "max_tokens": 64, "temperature": 1.5},
         "reward": {"judge": "target"},
@@ -155,6 +157,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) ->
     assert [line["step"] for line in logs[0]] == [1, 2, 3, 4]
     kept = Loaded.of(str(tmp_path / "parts" / "checkpoint")).network.state_dict()
     assert all(torch.equal(value, mine[name].bfloat16().float()) for name, value in kept.items())
+
+
+def test_runs_with_other_seeds_are_other_runs(tmp_path: Path) -> None:
+    """To the same questions the same seed writes the same, and another something else; drawn questions are others, too."""
+    made = scene(7, size=(1200, 1050))
+    made.image.save(tmp_path / "made.png")
+    line = {"image": "made.png", "question": made.question, "answer": made.answer, "target": made.box}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(line))
+    asked = config(data={"file": tmp_path / "questions.jsonl"}, rollouts={"questions": 1, "group": 4})
+
+    def replies(seed: int) -> list[str]:
+        [group] = roll(Trainer(asked.model_copy(update={"seed": seed}), tmp_path))
+        return [turn.generation.text for one in group for turn in one.result.turns]
+
+    first = replies(1)
+    assert replies(1) == first
+    assert replies(2) != first
+    assert drawn(3, 0.5, 1).image != drawn(3, 0.5, 2).image
 
 
 def trained(folder: Path, table: dict[str, Any], steps: int) -> Trainer:

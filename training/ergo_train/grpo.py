@@ -166,7 +166,8 @@ class Config(_Table):
     rollouts: RolloutTable
     reward: RewardTable = RewardTable()
     training: TrainingTable
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=400)
+    """Of the questions that are drawn, and of the answers."""
 
     @classmethod
     def read(cls, file: Path) -> Config:
@@ -186,6 +187,10 @@ class Config(_Table):
         return cls.model_validate(tables)
 
 
+MOST_DRAWN = 1_000_000
+"""Problems of one run, so that runs with other seeds draw others."""
+
+
 # --- what is asked --------------------------------------------------------------------------------------------------------
 
 
@@ -196,8 +201,9 @@ def problem_of(scene: scenes.Scene) -> Problem:
         return Problem(file.getvalue(), Question(scene.question), scene.answer, target=Box(*scene.box))
 
 
-def drawn(number: int, hard_share: float) -> Problem:
-    """Return problem ``number`` of those that are drawn for GRPO; no other training draws the same."""
+def drawn(number: int, hard_share: float, seed: int = 0) -> Problem:
+    """Return problem ``number`` of those that are drawn for the GRPO of this seed; no other training draws the same."""
+    number += seed * MOST_DRAWN
     rng = random.Random(f"grpo {number}")
     draw = hard_scenes.hard_scene if rng.random() < hard_share else scenes.scene
     return problem_of(draw(scenes.HELD_OUT // 2 + number, size=scenes.unlisted_size(rng, 0.6)))
@@ -407,10 +413,19 @@ class Trainer:
                 group=self.config.rollouts.group,
                 budget=PixelBudget(self.config.model.visual_tokens),
                 temperature=self.config.rollouts.temperature,
-                seed=(self.config.seed << 32) + self.step * 100_003 + self.accelerator.process_index * 10_007,
+                seed=self._draw_seed(),
                 gamma=self.config.reward.gamma,
                 work=work,
             )
+
+    def _draw_seed(self) -> int:
+        """The seed of this step's first answer; each further answer's is one more.
+
+        Below 2³¹, since of a larger one torch's generator for CPUs takes the low 32 bits alone. Primes, so that runs, steps and
+        processes of a size that occurs do not meet.
+        """
+        mixed = self.config.seed * 1_000_000_007 + self.step * 100_003 + self.accelerator.process_index * 10_007
+        return mixed % (1 << 31)
 
     def _problems(self) -> list[Problem]:
         """The questions of this step that are this process's."""
@@ -418,7 +433,7 @@ class Trainer:
         first = self.step * self.config.rollouts.questions
         numbers = range(first + index, first + self.config.rollouts.questions, count)
         if self._records is None:
-            return [drawn(number, self.config.data.hard_share) for number in numbers]
+            return [drawn(number, self.config.data.hard_share, self.config.seed) for number in numbers]
         order = random.Random(self.config.seed).sample(self._records, len(self._records))
         return [order[number % len(order)] for number in numbers]
 
