@@ -68,7 +68,7 @@ train: .venv/.dev
 	$(BIN)/python -m ergo_train.train $(RUN)
 
 grpo: .venv/.dev
-	$(BIN)/python -m ergo_train.ablation $(GRPO_RUN) --arm full --seeds 1 --start-steps 80 --steps 30 --scenes 100
+	$(BIN)/python -m ergo_train.ablation $(GRPO_RUN) --arm full --seeds 1 --steps 24 --scenes 100
 
 evaluate: .venv/.embedded
 	$(BIN)/python -m ergo_train.evaluate --url $(URL)

@@ -1,6 +1,6 @@
 """The paper's ablation in miniature: what each reward does to a model that looks at the wrong places.
 
-``python -m ergo_train.ablation RUN_FOLDER`` (hours on two cores; goes on where it stopped) makes one start from a good one,
+``python -m ergo_train.ablation RUN_FOLDER`` (two hours on two cores; goes on where it stopped) makes one start from a good one,
 by teaching it to look at random boxes about the right place, and trains it with each set of rewards and each seed. The start and
 what came of it are asked about the same held-out scenes. ``--arm`` and ``--seeds`` choose, ``--steps`` shortens: ``make grpo`` is
 one arm of it.
