@@ -424,7 +424,7 @@ class Trainer:
         Below 2³¹, since of a larger one torch's generator for CPUs takes the low 32 bits alone. Primes, so that runs, steps and
         processes of a size that occurs do not meet.
         """
-        mixed = self.config.seed * 1_000_000_007 + self.step * 100_003 + self.accelerator.process_index * 10_007
+        mixed: int = self.config.seed * 1_000_000_007 + self.step * 100_003 + self.accelerator.process_index * 10_007
         return mixed % (1 << 31)
 
     def _problems(self) -> list[Problem]:
