@@ -66,9 +66,8 @@ ARMS = {
     "full": Arm("E: D + r_acc + r_format", region=1, box=0.5, accuracy=1, format=1),
     "region-sharp": Arm("B': r_region, all-seeing", region=1, judge="target"),
     "box-sharp": Arm("C': r_region + r_box, all-seeing", region=1, box=1, judge="target"),
-    "full-sharp": Arm("E': full, all-seeing", region=1, box=0.5, accuracy=1, format=1, judge="target"),
 }
-"""The paper's five, and three with a reward model that reads a region however large it is: the paper's sees crops at up to 16,384
+"""The paper's five, and two with a reward model that reads a region however large it is: the paper's sees crops at up to 16,384
 visual tokens, ergo-mini's at 49, and cannot be satisfied by the whole image."""
 
 
@@ -178,10 +177,10 @@ HEADER = """\
 
 
 def plot(folder: Path, arms: Sequence[str], seeds: Sequence[int], out: Path) -> None:
-    """Draw accuracy and region area of the rollouts over the steps: mean of the seeds, and their range."""
+    """Draw accuracy, region area and form of the rollouts over the steps, of five steps each: mean of the seeds, and their range."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 3.8), layout="constrained")
     for arm in arms:
         files = [folder / arm / str(seed) / "log.jsonl" for seed in seeds]
         logs = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
@@ -192,8 +191,11 @@ def plot(folder: Path, arms: Sequence[str], seeds: Sequence[int], out: Path) -> 
             steps = range(1, len(curves[0]) + 1)
             axis.plot(steps, [statistics.mean(values) for values in zip(*curves, strict=True)], label=ARMS[arm].title)
             axis.fill_between(steps, *[[edge(values) for values in zip(*curves, strict=True)] for edge in (min, max)], alpha=0.15)
-            axis.set(title=title, xlabel="step", ylim=(0, None))
-    axes[0].legend(fontsize="small")
+            axis.set(title=title, xlabel="step")
+    for axis in axes:
+        axis.set_ylim(bottom=0)  # only now: a limit that is set ends the fitting to what is drawn later
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(out, dpi=110)
 
 
