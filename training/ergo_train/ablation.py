@@ -177,7 +177,7 @@ HEADER = """\
 
 
 def plot(folder: Path, arms: Sequence[str], seeds: Sequence[int], out: Path) -> None:
-    """Draw accuracy, region area and form of the rollouts over the steps, of five steps each: mean of the seeds, and their range."""
+    """Draw accuracy, region area and form of the rollouts over the steps, five steps each: mean of the seeds, and their range."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 3.8), layout="constrained")
