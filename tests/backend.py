@@ -190,7 +190,7 @@ def keeps_silent(asked: Asked) -> None:
 
 def drips_a_head(asked: Asked) -> None:
     """Send a response's head for ever, slowly."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # likewise, as in `Asked.send`
         asked.wfile.write(b"HTTP/1.1 200 OK\r\nx-pad: ")
     asked.until_left(b"x")
 

@@ -115,9 +115,8 @@ def astray(rng: random.Random, view: View, path: Sequence[Point]) -> str:
     x, y = view.at(*path[-1])
     x = min(max(x + rng.gauss(0, WANDER), 0), view.size.width - 1)
     y = min(max(y + rng.gauss(0, WANDER), 0), view.size.height - 1)
-    low, high = SIDES
     # Each edge by itself: one that is drawn together with another would have to be computed from it, which takes longer to learn.
-    x1, y1, x2, y2 = (low * (high / low) ** rng.random() / 2 for _ in range(4))
+    x1, y1, x2, y2 = (scenes.log_uniform(rng, *SIDES) / 2 for _ in range(4))
     box = Box(
         max(0, round(x - x1)), max(0, round(y - y1)), min(view.size.width, round(x + x2)), min(view.size.height, round(y + y2))
     )

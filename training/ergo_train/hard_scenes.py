@@ -124,8 +124,7 @@ def close_up(rng: random.Random) -> tuple[Image.Image, Query]:
 
     Three in four are tags: dots were read by the time that half of the codes on tags were not.
     """
-    least, greatest = scenes.CLOSE_UP
-    u = least * (greatest / least) ** rng.random()
+    u = scenes.log_uniform(rng, *scenes.CLOSE_UP)
     width, height = (30 * u * (rng.uniform(0.8, 1.0) if rng.random() < 0.2 else 1.0) for _ in range(2))
     image = texture(rng, round(width), round(height))
     x, y = width / 2 + rng.uniform(-7.5, 7.5) * u, height / 2 + rng.uniform(-7.5, 7.5) * u

@@ -196,8 +196,18 @@ def unlisted_size(rng: random.Random, spread: float) -> tuple[int, int]:
         rng: where chance comes from.
         spread: greatest logarithm of width ÷ height, either way.
     """
-    area, aspect = math.exp(rng.uniform(math.log(1.2e6), math.log(5e6))), math.exp(rng.uniform(-spread, spread))
+    return sized(rng, log_uniform(rng, 1.2e6, 5e6), spread)
+
+
+def sized(rng: random.Random, area: float, spread: float) -> tuple[int, int]:
+    """Return a width and height of about this area, as far from square as `unlisted_size` says."""
+    aspect = math.exp(rng.uniform(-spread, spread))
     return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+
+
+def log_uniform(rng: random.Random, low: float, high: float) -> float:
+    """Draw a number whose logarithm is even between those of ``low`` and ``high``."""
+    return low * math.pow(high / low, rng.random())
 
 
 def code_query(landmark: Landmark) -> Query:
@@ -221,7 +231,7 @@ def centre(edges: Edges) -> Point:
 
 def close_up(rng: random.Random) -> tuple[Image.Image, Landmark]:
     """Draw what a crop of a scene shows: one landmark with its plate somewhat off the middle. Cheap, for learning to read."""
-    u = CLOSE_UP[0] * (CLOSE_UP[1] / CLOSE_UP[0]) ** rng.random()
+    u = log_uniform(rng, *CLOSE_UP)
     width, height = (30 * u * (rng.uniform(0.8, 1.0) if rng.random() < 0.2 else 1.0) for _ in range(2))
     image = background(rng, round(width), round(height))
     middle = (width / u / 2 + rng.uniform(-7.5, 7.5), height / u / 2 + rng.uniform(-7.5, 7.5))

@@ -57,14 +57,12 @@ class Samples(Dataset[Sample]):
         if seed < 0:
             return self.packer.sight(rng, None)
         hard = rng.random() < HARD_SHARE
-        draw = hard_scenes.hard_scene if hard else scenes.scene
+        draw, spread = (hard_scenes.hard_scene, 0.8) if hard else (scenes.scene, 0.6)
         if seed < self.sights:
-            area, aspect = rng.uniform(0.25e6, 0.4e6), math.exp(rng.uniform(-0.8, 0.8))
-            small = draw(seed, size=(round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))))
-            return self.packer.sight(rng, small)
+            return self.packer.sight(rng, draw(seed, size=scenes.sized(rng, rng.uniform(0.25e6, 0.4e6), spread)))
         # Most scenes have sizes that no list holds, and not those of the largest, which are drawn slowly.
         listed = rng.random() < 0.1
-        return self.packer.sample(rng, draw(seed, size=None if listed else scenes.unlisted_size(rng, 0.8 if hard else 0.6)))
+        return self.packer.sample(rng, draw(seed, size=None if listed else scenes.unlisted_size(rng, spread)))
 
 
 def collate(samples: list[Sample]) -> Batch:
